@@ -1,0 +1,58 @@
+# Every target builds what it needs; `make setup` is safe to repeat.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+
+BIN := .venv/bin
+STAMP := .venv/.esper-setup
+BUILD_REQUIRES := 'setuptools>=77' wheel 'pybind11>=2.13' ninja 'grpcio-tools>=1.85,<2' 'mypy-protobuf>=5'
+# Spinning OpenMP workers of several processes on few cores slow each other down a hundredfold.
+QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+
+.PHONY: setup protos native demo test lint typecheck bench clean
+
+setup: $(STAMP) native
+
+# torch is installed first and by itself, so that the chosen build (CPU or CUDA) is the one that the
+# extension is compiled against and the one that later dependency resolution leaves alone.
+$(STAMP): pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet '$(TORCH)' numpy $(BUILD_REQUIRES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	touch $@
+
+protos: $(STAMP)
+	$(BIN)/python setup.py --quiet build_protos
+
+native: $(STAMP) protos
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: setup
+	$(BIN)/esper demo --out runs/demo
+
+test: setup
+	$(QUIET_THREADS) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+lint: setup typecheck
+	$(BIN)/black --check --quiet . || { $(BIN)/black --check .; exit 1; }
+	$(BIN)/ruff check .
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+
+# mypy sees the packages as they are installed: `services/` is `esper.services`.
+typecheck: setup
+	rm -rf build/typecheck
+	mkdir -p build/typecheck/esper
+	for entry in esper/*; do ln -s "$(CURDIR)/$$entry" build/typecheck/esper/; done
+	ln -s "$(CURDIR)/services" build/typecheck/esper/services
+	cd build/typecheck && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p esper
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks -q -p no:xdist --benchmark-only
+
+clean:
+	rm -rf build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf esper/*/v1
+	rm -f esper/*.so
+	find esper services tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,1 @@
+"""Execution layer: seed routing, blending and telemetry over the native core."""

@@ -1,0 +1,1 @@
+"""The services of the plane; installed as `esper.services`."""
