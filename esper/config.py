@@ -1,0 +1,156 @@
+"""Every default of Esper, in one place.
+
+``EsperConfig`` is what a run is configured by. It is a frozen dataclass, checked on construction;
+an error names the field, the value and the rule.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+
+Hyperparameter = int | float | bool | str
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value!r}, but {rule}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A blueprint that growth may choose, with one kernel compiled per rank.
+
+    Attributes:
+        blueprint: Name of a starting blueprint, see ``esper.blueprints.names()``.
+        ranks: Ranks to compile; the controller picks one per graft.
+        hyperparameters: Further hyperparameters of the blueprint, the same for all ranks.
+    """
+
+    blueprint: str
+    ranks: tuple[int, ...] = (4, 8, 16, 32, 64)
+    hyperparameters: Mapping[str, Hyperparameter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(len(self.ranks) > 0, "ranks", self.ranks, "it must name at least one rank")
+        for rank in self.ranks:
+            _require(rank >= 1, "ranks", rank, "every rank must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraftConfig:
+    """How a germinated seed is brought in where the controller's decision does not say.
+
+    Attributes:
+        training_steps: Length of the isolated warm-up, in optimizer steps. 0 skips it.
+        ramp_steps: Length of the alpha ramp, in optimizer steps; at least 1.
+        ramp: Curve of the ramp: ``linear``, ``cosine``, ``sigmoid`` or ``drift``.
+        stabilization_steps: Steps at alpha 1 with the seed held still before its trial.
+        fine_tuning_steps: Steps that seed and host train together between a passed trial and
+            fossilisation. 0 fossilises at once.
+        learning_rate_scale: Newborn learning rate over that of the host's parameter group.
+        warmup_steps: Steps over which the newborn's learning rate rises linearly.
+        freeze_fossils: Hold fossilised seeds still instead of training on.
+    """
+
+    training_steps: int = 20
+    ramp_steps: int = 20
+    ramp: str = "cosine"
+    stabilization_steps: int = 10
+    fine_tuning_steps: int = 0
+    learning_rate_scale: float = 1.0
+    warmup_steps: int = 5
+    freeze_fossils: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("training_steps", "stabilization_steps", "fine_tuning_steps", "warmup_steps"):
+            value = getattr(self, name)
+            _require(value >= 0, name, value, "it must be at least 0 steps")
+        _require(self.ramp_steps >= 1, "ramp_steps", self.ramp_steps, "it must be at least 1 step")
+        curves = ("linear", "cosine", "sigmoid", "drift")
+        _require(self.ramp in curves, "ramp", self.ramp, f"it must be one of {', '.join(curves)}")
+        _require(
+            self.learning_rate_scale > 0,
+            "learning_rate_scale",
+            self.learning_rate_scale,
+            "it must be above 0",
+        )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps from germination to the trial."""
+        return self.training_steps + self.ramp_steps + self.stabilization_steps + 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BudgetConfig:
+    """What growth may cost. ``None`` is unlimited.
+
+    Attributes:
+        max_parameters: Most trainable elements that the model may have.
+        max_flops_per_sample: Most forward floating-point operations of one sample.
+        min_gain_per_mflop: Least held-out loss that a million forward operations per sample must
+            buy; the accept test charges it.
+    """
+
+    max_parameters: int | None = None
+    max_flops_per_sample: int | None = None
+    min_gain_per_mflop: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_parameters", "max_flops_per_sample"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "it must be at least 1 or None")
+        _require(
+            self.min_gain_per_mflop >= 0,
+            "min_gain_per_mflop",
+            self.min_gain_per_mflop,
+            "it must be at least 0",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EsperConfig:
+    """Configuration of a growth session.
+
+    Attributes:
+        candidates: Blueprints that growth may choose.
+        graft: How a seed is brought in.
+        budget: What growth may cost.
+        significance: Level of the held-out accept test over the whole run; each trial gets its
+            share. Above 0 and below 1.
+        telemetry_interval: Every how many training forwards telemetry is sampled.
+        lockstep_timeout_s: Longest wait for the plane in ``lockstep`` mode, in seconds; a plane
+            that is slower counts as dead.
+        seed: Seed of Esper's private random generators; the global ones are never drawn from.
+    """
+
+    candidates: tuple[Candidate, ...] = (
+        Candidate(blueprint="widen"),
+        Candidate(blueprint="bottleneck"),
+    )
+    graft: GraftConfig = field(default_factory=GraftConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    significance: float = 0.05
+    telemetry_interval: int = 8
+    lockstep_timeout_s: float = 120.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.significance < 1,
+            "significance",
+            self.significance,
+            "it must be above 0 and below 1",
+        )
+        _require(
+            self.telemetry_interval >= 1,
+            "telemetry_interval",
+            self.telemetry_interval,
+            "it must be at least 1 forward",
+        )
+        _require(
+            self.lockstep_timeout_s > 0,
+            "lockstep_timeout_s",
+            self.lockstep_timeout_s,
+            "it must be above 0 seconds",
+        )

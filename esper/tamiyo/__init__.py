@@ -1,0 +1,1 @@
+"""Client side of Tamiyo, the strategic controller."""

@@ -1,0 +1,46 @@
+"""Client of Tamiyo's ControllerService."""
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+
+import grpc
+
+from esper.tamiyo.v1 import controller_pb2
+from esper.tamiyo.v1 import controller_pb2_grpc
+
+
+class TamiyoClient:
+    """Asks the controller for decisions.
+
+    Args:
+        channel: An open channel to a server of ``esper.tamiyo.v1.ControllerService``.
+    """
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._stub = controller_pb2_grpc.ControllerServiceStub(channel)
+
+    def advise(
+        self, observations: Iterable[controller_pb2.Observation]
+    ) -> Iterator[controller_pb2.AdviseResponse]:
+        """Streams observations and yields exactly one response for each, in order.
+
+        Args:
+            observations: Read as they come, from a thread of the channel; the stream ends with
+                them.
+
+        Raises:
+            grpc.RpcError: If the stream breaks.
+        """
+        requests = (
+            controller_pb2.AdviseRequest(observation=observation) for observation in observations
+        )
+        yield from self._stub.Advise(requests)
+
+    def list_policies(self, *, timeout_s: float = 5.0) -> list[controller_pb2.Policy]:
+        """Returns the policies that the server can run.
+
+        Raises:
+            grpc.RpcError: If the call fails.
+        """
+        response = self._stub.ListPolicies(controller_pb2.ListPoliciesRequest(), timeout=timeout_s)
+        return list(response.policies)

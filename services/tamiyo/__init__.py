@@ -1,0 +1,1 @@
+"""Tamiyo: decides where, when and what to grow."""
