@@ -1,0 +1,139 @@
+// Prepares a SlotJob: pads and transposes parameters, lays out gradients and sizes scratch memory.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "kernels/cpu/slot.h"
+
+namespace esper::cpu {
+
+inline std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Takes memory from an arena in two passes: the first only counts, so that the second never moves it.
+template <class T>
+class Arena {
+ public:
+  explicit Arena(std::vector<T>& memory, bool counting) : memory_(memory), counting_(counting) {}
+
+  // [rows, columns] to [rows, columns_p]. Needs no memory where there is nothing to pad.
+  const T* pad(const T* from, std::int64_t rows, std::int64_t columns, std::int64_t columns_p) {
+    if (from == nullptr || columns == columns_p) return from;
+    return fill(rows * columns_p, [&](T* to) {
+      for (std::int64_t i = 0; i < rows; ++i) {
+        for (std::int64_t j = 0; j < columns; ++j) to[i * columns_p + j] = from[i * columns + j];
+      }
+    });
+  }
+
+  // [rows, columns] to [columns, rows_p].
+  const T* transpose(const T* from, std::int64_t rows, std::int64_t columns, std::int64_t rows_p) {
+    if (from == nullptr) return nullptr;
+    return fill(columns * rows_p, [&](T* to) {
+      for (std::int64_t i = 0; i < rows; ++i) {
+        for (std::int64_t j = 0; j < columns; ++j) to[j * rows_p + i] = from[i * columns + j];
+      }
+    });
+  }
+
+  std::int64_t used() const { return used_; }
+
+ private:
+  template <class Fill>
+  const T* fill(std::int64_t elements, Fill copy) {
+    const std::int64_t at = used_;
+    used_ += elements;
+    if (counting_) return nullptr;
+    copy(memory_.data() + at);
+    return memory_.data() + at;
+  }
+
+  std::vector<T>& memory_;
+  bool counting_;
+  std::int64_t used_ = 0;
+};
+
+template <class T>
+T largest_magnitude(const T* values, std::int64_t count) {
+  T largest = 0;
+  bool finite = true;
+  for (std::int64_t i = 0; values != nullptr && i < count; ++i) {
+    const T magnitude = std::abs(values[i]);
+    finite &= magnitude <= std::numeric_limits<T>::max();
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return finite ? largest : std::numeric_limits<T>::infinity();
+}
+
+// Fills in everything of job.seeds but shape, scalars, trains and sends. `tensors[i]` are the row-major
+// parameters of seed i, which must outlive the job.
+template <class T>
+void pack(SlotJob<T>& job, const std::vector<SeedTensors<const T>>& tensors, bool backward) {
+  const std::int64_t lanes = slot_kernels<T>().lanes;
+  for (const bool counting : {true, false}) {
+    Arena<T> arena(job.arena, counting);
+    for (std::size_t i = 0; i < job.seeds.size(); ++i) {
+      auto& seed = job.seeds[i];
+      const auto& shape = seed.shape;
+      const auto& from = tensors[i];
+      seed.rank_p = round_up(shape.rank, lanes);
+      seed.width_p = round_up(shape.width, lanes);
+      seed.source_p = round_up(shape.source_width, lanes);
+      const std::int64_t rows_B = shape.family == Family::kAffine ? 1 : shape.rank;
+      seed.A = arena.pad(from.A, shape.source_width, shape.rank, seed.rank_p);
+      seed.a = arena.pad(from.a, 1, shape.rank, seed.rank_p);
+      seed.G = arena.pad(from.G, shape.source_width, shape.rank, seed.rank_p);
+      seed.c = arena.pad(from.c, 1, shape.rank, seed.rank_p);
+      seed.B = arena.pad(from.B, rows_B, shape.width, seed.width_p);
+      seed.b = arena.pad(from.b, 1, shape.width, seed.width_p);
+      if (backward && shape.family == Family::kBottleneck) {
+        seed.Bt = arena.transpose(from.B, shape.rank, shape.width, seed.rank_p);
+        if (seed.sends) {
+          seed.At = arena.transpose(from.A, shape.source_width, shape.rank, seed.source_p);
+          seed.Gt = arena.transpose(from.G, shape.source_width, shape.rank, seed.source_p);
+        }
+      }
+      if (!counting) {
+        seed.max_B = largest_magnitude(from.B, rows_B * shape.width);
+        seed.max_b = largest_magnitude(from.b, shape.width);
+      }
+    }
+    if (counting) job.arena.assign(static_cast<std::size_t>(arena.used()), T(0));
+  }
+
+  std::int64_t at = 0;
+  std::int64_t next_column = 0;
+  for (const auto& seed : job.seeds) {
+    const auto& shape = seed.shape;
+    // Tiles of one block: two pre-activations, hidden, two gradients; g, dy and the source.
+    job.scratch = std::max(job.scratch,
+                           kBlock * (5 * seed.rank_p + 2 * seed.width_p + shape.source_width));
+    if (backward) {
+      GradLayout layout;
+      const auto take = [&at](std::int64_t elements) {
+        const std::int64_t start = at;
+        at += elements;
+        return start;
+      };
+      const std::int64_t rows_B = shape.family == Family::kAffine ? 1 : shape.rank;
+      if (seed.trains) {
+        layout.A = take(shape.source_width * seed.rank_p);
+        layout.a = take(seed.rank_p);
+        layout.G = take(shape.gated ? shape.source_width * seed.rank_p : 0);
+        layout.c = take(shape.gated ? seed.rank_p : 0);
+        layout.B = take(rows_B * seed.width_p);
+        layout.b = take(seed.width_p);
+      }
+      layout.end = at;
+      job.grads.push_back(layout);
+    } else if (seed.scalars.alpha_fwd != 0.0f) {
+      if (shape.offset > next_column) job.copied.push_back({next_column, shape.offset});
+      next_column = shape.offset + shape.width;
+    }
+  }
+  if (!backward && next_column < job.width) job.copied.push_back({next_column, job.width});
+}
+
+}  // namespace esper::cpu

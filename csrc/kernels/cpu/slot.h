@@ -1,0 +1,76 @@
+// The slot kernels of the CPU: what they are given, and the table of their builds per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/cpu/capability.h"
+#include "kernels/seed.h"
+#include "kernels/stats.h"
+
+namespace esper::cpu {
+
+// Tokens of one block. A block of source, hidden and output tiles of usual widths stays in L1 and L2.
+inline constexpr std::int64_t kBlock = 64;
+
+// A seed whose matrices have rows padded with zeros to whole vectors ("_p" counts), so that inner loops
+// have no column tails. Where no padding is needed they are the caller's own memory.
+template <class T>
+struct PackedSeed {
+  SeedShape shape;
+  SeedScalars scalars;
+  std::int64_t rank_p = 0, width_p = 0, source_p = 0;
+  const T *A = nullptr, *G = nullptr;   // [S, rank_p]
+  const T *a = nullptr, *c = nullptr;   // [rank_p], null without
+  const T* B = nullptr;                 // [r, width_p]; affine: w [width_p]
+  const T* b = nullptr;                 // [width_p], null without
+  const T* Bt = nullptr;                // [d, rank_p]; backward only
+  const T *At = nullptr, *Gt = nullptr; // [r, source_p]; backward only, where the seed sends to its source
+  T max_B = 0, max_b = 0;               // largest magnitudes; infinite where any element is not finite
+  bool trains = false;                  // backward: wants the parameters' gradients
+  bool sends = false;                   // backward: sends to its source
+};
+
+// Where the padded gradients of a seed lie in a worker's accumulator, in elements.
+struct GradLayout {
+  std::int64_t A = 0, a = 0, G = 0, c = 0, B = 0, b = 0, end = 0;
+};
+
+struct Columns {
+  std::int64_t begin, end;
+};
+
+template <class T>
+struct SlotJob {
+  std::int64_t tokens = 0, width = 0, input_width = 0;
+  const T* h = nullptr;  // [tokens, width]
+  const T* x = nullptr;  // [tokens, input_width]
+  std::vector<PackedSeed<T>> seeds;
+  std::vector<GradLayout> grads;  // per seed; backward only
+  std::vector<Columns> copied;    // forward: columns of h that no seed changes
+  std::int64_t scratch = 0;       // elements that one worker needs
+  bool telemetry = false;
+  T* y = nullptr;         // forward: [tokens, width]
+  const T* dy = nullptr;  // backward: [tokens, width]
+  T* dh = nullptr;        // backward: [tokens, width] or null
+  T* dx = nullptr;        // backward: [tokens, input_width] or null
+  std::vector<T> arena;   // owns what was packed
+};
+
+template <class T>
+struct SlotKernels {
+  std::int64_t lanes;
+  // Rows [first, last) of the job. `scratch` holds job.scratch elements aligned to 64 bytes; `stats` one
+  // entry per seed, merged into where job.telemetry.
+  void (*forward)(const SlotJob<T>& job, std::int64_t first, std::int64_t last, T* scratch,
+                  ChunkStats* stats);
+  // Adds the parameters' gradients, not yet times alpha_bwd, to `accumulator` at job.grads.
+  void (*backward)(const SlotJob<T>& job, std::int64_t first, std::int64_t last, T* scratch,
+                   T* accumulator);
+};
+
+// The build for the instruction set in use.
+template <class T>
+const SlotKernels<T>& slot_kernels();
+
+}  // namespace esper::cpu

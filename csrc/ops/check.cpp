@@ -1,0 +1,162 @@
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include "ops/slot.h"
+
+namespace esper {
+namespace {
+
+// One record of the plan, read field by field.
+class Record {
+ public:
+  Record(at::IntArrayRef plan, std::size_t seed)
+      : values_(plan.slice(seed * kPlanWidth, kPlanWidth)), seed_(seed) {}
+
+  std::int64_t in(std::size_t field, std::int64_t low, std::int64_t high) const {
+    TORCH_CHECK_VALUE(values_[field] >= low && values_[field] < high, "plan: ", kPlanFields[field],
+                      " of seed ", seed_, " is ", values_[field], " but must be in [", low, ", ", high,
+                      ")");
+    return values_[field];
+  }
+
+ private:
+  at::IntArrayRef values_;
+  std::size_t seed_;
+};
+
+bool floating(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& host) {
+  TORCH_CHECK_VALUE(floating(tensor.scalar_type()), name, " is of type ", tensor.scalar_type(),
+                    " but must be float32, float64, bfloat16 or float16");
+  TORCH_CHECK_VALUE(tensor.device() == host.device(), name, " is on ", tensor.device(),
+                    " but the host's tensors are on ", host.device());
+}
+
+void check_param(const char* name, std::size_t seed, std::int64_t index, at::TensorList params,
+                 at::IntArrayRef shape, const at::Tensor& host) {
+  if (index < 0) return;
+  const auto& tensor = params[static_cast<std::size_t>(index)];
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, "params[", index, "] (", name, " of seed ", seed,
+                    ") has shape ", tensor.sizes(), " but must be ", shape);
+  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == host.scalar_type(),
+                    "params[", index, "] (", name, " of seed ", seed, ") is of type ",
+                    tensor.scalar_type(), " but must be float32 or the host's ", host.scalar_type());
+  TORCH_CHECK_VALUE(tensor.device() == host.device(), "params[", index, "] is on ", tensor.device(),
+                    " but the host's tensors are on ", host.device());
+}
+
+}  // namespace
+
+SlotCall check_slot(const char* host_name, const at::Tensor& host, const std::optional<at::Tensor>& x,
+                    at::TensorList params, const at::Tensor& scalars, at::IntArrayRef plan) {
+  SlotCall call{};
+  TORCH_CHECK_VALUE(host.dim() >= 1, host_name, " is a scalar but must be [..., D]");
+  check_tensor(host_name, host, host);
+  call.compute_type = host.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  call.width = host.size(-1);
+  TORCH_CHECK_VALUE(call.width >= 1, host_name, " has no features: its shape is ", host.sizes());
+  call.tokens = host.numel() / call.width;
+
+  TORCH_CHECK_VALUE(scalars.dim() == 2 && scalars.size(1) == 3 && scalars.scalar_type() == at::kFloat &&
+                        scalars.device().is_cpu() && scalars.is_contiguous(),
+                    "scalars is ", scalars.scalar_type(), " ", scalars.sizes(), " on ", scalars.device(),
+                    " but must be a contiguous float32 [rows, 3] on the CPU");
+  TORCH_CHECK_VALUE(plan.size() % kPlanWidth == 0, "plan has ", plan.size(),
+                    " integers but must have ", kPlanWidth, " for each seed");
+  const bool has_input = x.has_value() && x->defined();
+  std::int64_t input_width = 0;
+  if (has_input) {
+    check_tensor("x", *x, host);
+    TORCH_CHECK_VALUE(x->dim() >= 1 && x->size(-1) >= 1, "x has shape ", x->sizes(),
+                      " but must be [..., D_in]");
+    input_width = x->size(-1);
+    TORCH_CHECK_VALUE(x->numel() / input_width == call.tokens, "x has ", x->numel() / input_width,
+                      " tokens (shape ", x->sizes(), ") but ", host_name, " has ", call.tokens,
+                      " (shape ", host.sizes(), ")");
+  }
+
+  const auto seeds = plan.size() / kPlanWidth;
+  call.seeds.resize(seeds);
+  std::int64_t next_column = 0;
+  std::int64_t next_param = 0;
+  const auto* rows = scalars.const_data_ptr<float>();
+  for (std::size_t i = 0; i < seeds; ++i) {
+    const Record record(plan, i);
+    auto& [shape, seed_scalars, index] = call.seeds[i];
+    const float* row = rows + 3 * record.in(0, 0, scalars.size(0));
+    seed_scalars = {row[0], row[1], row[2]};
+    shape.offset = record.in(1, next_column, call.width);
+    shape.width = record.in(2, 1, call.width - shape.offset + 1);
+    next_column = shape.offset + shape.width;
+    shape.source = static_cast<Source>(record.in(3, 0, 2));
+    shape.family = static_cast<Family>(record.in(4, 0, 2));
+    const bool input = shape.source == Source::kInput;
+    const bool affine = shape.family == Family::kAffine;
+    TORCH_CHECK_VALUE(!input || has_input, "x is missing but seed ", i, " reads the slot's input");
+    shape.source_width = input ? input_width : shape.width;
+    if (input) {
+      call.input_width = input_width;
+    } else {
+      call.reads_output = true;
+    }
+    shape.activation = static_cast<Activation>(record.in(5, 0, affine ? 1 : kNumActivations));
+    shape.gated = record.in(6, 0, affine ? 1 : 2) != 0;
+    shape.rank = record.in(7, affine ? 0 : 1, affine ? 1 : INT32_MAX);
+    TORCH_CHECK_VALUE(!affine || shape.source_width == shape.width, "plan: affine seed ", i,
+                      " reads ", shape.source_width, " features but its chunk has ", shape.width);
+
+    next_param = record.in(8, next_param, next_param + 1);
+    const auto biases = record.in(9, 0, 8);
+    const auto take = [&next_param](bool present) { return present ? next_param++ : -1; };
+    TORCH_CHECK_VALUE((!affine || (biases & ~kBiasOutput) == 0) && (shape.gated || !(biases & kBiasGate)),
+                      "plan: biases of seed ", i, " is ", biases,
+                      " but names the bias of a part that the seed does not have");
+    index.A = take(!affine);
+    index.a = take((biases & kBiasHidden) != 0);
+    index.G = take(shape.gated);
+    index.c = take((biases & kBiasGate) != 0);
+    index.B = take(true);
+    index.b = take((biases & kBiasOutput) != 0);
+    TORCH_CHECK_VALUE(next_param <= static_cast<std::int64_t>(params.size()), "params has ",
+                      params.size(), " tensors but seed ", i, " needs those up to index ",
+                      next_param - 1);
+    const auto S = shape.source_width, r = shape.rank, d = shape.width;
+    check_param("A", i, index.A, params, {S, r}, host);
+    check_param("a", i, index.a, params, {r}, host);
+    check_param("G", i, index.G, params, {S, r}, host);
+    check_param("c", i, index.c, params, {r}, host);
+    if (affine) {
+      check_param("w", i, index.B, params, {d}, host);
+    } else {
+      check_param("B", i, index.B, params, {r, d}, host);
+    }
+    check_param("b", i, index.b, params, {d}, host);
+  }
+  TORCH_CHECK_VALUE(next_param == static_cast<std::int64_t>(params.size()), "params has ", params.size(),
+                    " tensors but the plan names ", next_param);
+  return call;
+}
+
+void check_backward(const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
+                    at::TensorList params, at::IntArrayRef need) {
+  TORCH_CHECK_VALUE(need.size() == kNeedParams + params.size(), "need has ", need.size(),
+                    " flags but must have ", kNeedParams + params.size());
+  const bool has_host = h.has_value() && h->defined();
+  TORCH_CHECK_VALUE(has_host || !call.reads_output, "h is missing but a seed reads the slot's output");
+  if (has_host) {
+    check_tensor("h", *h, dy);
+    TORCH_CHECK_VALUE(h->sizes() == dy.sizes() && h->scalar_type() == dy.scalar_type(), "h is ",
+                      h->scalar_type(), " ", h->sizes(), " but dy is ", dy.scalar_type(), " ",
+                      dy.sizes());
+  }
+}
+
+at::Tensor as_operand(const at::Tensor& tensor, at::ScalarType type) {
+  if (tensor.scalar_type() == type && tensor.is_contiguous()) return tensor;
+  return tensor.to(type).contiguous();
+}
+
+}  // namespace esper

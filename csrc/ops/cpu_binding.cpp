@@ -1,0 +1,247 @@
+// The operators on the CPU: operands in, workers over blocks of tokens, partial results reduced in order.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <utility>
+
+#include "kernels/cpu/pack.h"
+#include "kernels/cpu/slot.h"
+#include "ops/slot.h"
+
+namespace esper {
+namespace {
+
+constexpr std::int64_t kGrain = 32768;  // multiply-adds that are worth a worker of their own
+
+struct FreeMemory {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// Memory aligned to a cache line, not initialised.
+template <class T>
+std::unique_ptr<T[], FreeMemory> aligned(std::int64_t elements) {
+  const auto bytes = static_cast<std::size_t>(cpu::round_up(elements * std::int64_t{sizeof(T)} + 1, 64));
+  auto* memory = static_cast<T*>(std::aligned_alloc(64, bytes));
+  TORCH_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes of scratch");
+  return std::unique_ptr<T[], FreeMemory>(memory);
+}
+
+// How the tokens are divided: a number of workers, each with consecutive blocks. It depends on the sizes
+// and the number of threads alone, which is what makes results repeatable.
+struct Division {
+  std::int64_t workers, blocks, tokens;
+
+  std::int64_t first(std::int64_t worker) const {
+    return std::min(blocks * worker / workers * cpu::kBlock, tokens);
+  }
+
+  template <class Body>
+  void run(Body body) const {
+    at::parallel_for(0, workers, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t worker = begin; worker < end; ++worker) {
+        body(worker, first(worker), first(worker + 1));
+      }
+    });
+  }
+};
+
+Division divide(const SlotCall& call) {
+  std::int64_t work = call.width;
+  for (const auto& seed : call.seeds) {
+    const auto& s = seed.shape;
+    work += (s.source_width * (s.gated ? 2 : 1) + s.width) * std::max<std::int64_t>(s.rank, 1);
+  }
+  const auto blocks = (call.tokens + cpu::kBlock - 1) / cpu::kBlock;
+  const auto wanted = std::min(blocks, call.tokens * work / kGrain + 1);
+  return {std::max<std::int64_t>(1, std::min<std::int64_t>(wanted, at::get_num_threads())), blocks,
+          call.tokens};
+}
+
+// The parameters in the type of the kernels, and what keeps them alive.
+template <class T>
+struct Operands {
+  std::vector<at::Tensor> owned;
+  std::vector<SeedTensors<const T>> tensors;
+
+  Operands(const SlotCall& call, at::TensorList params) {
+    owned.reserve(params.size());
+    for (const auto& tensor : params) owned.push_back(as_operand(tensor, call.compute_type));
+    for (const auto& seed : call.seeds) {
+      auto& to = tensors.emplace_back();
+      each_param<const T>(seed, [&](auto member, std::size_t index, std::int64_t, std::int64_t) {
+        to.*member = owned[index].template const_data_ptr<T>();
+      });
+    }
+  }
+};
+
+template <class T>
+cpu::SlotJob<T> start_job(const SlotCall& call) {
+  cpu::SlotJob<T> job;
+  job.tokens = call.tokens;
+  job.width = call.width;
+  job.input_width = call.input_width;
+  for (const auto& seed : call.seeds) {
+    auto& packed = job.seeds.emplace_back();
+    packed.shape = seed.shape;
+    packed.scalars = seed.scalars;
+  }
+  return job;
+}
+
+template <class T>
+std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tensor& h,
+                                           const std::optional<at::Tensor>& x, at::TensorList params,
+                                           bool telemetry) {
+  const auto seeds = static_cast<std::int64_t>(call.seeds.size());
+  const auto h_operand = as_operand(h, call.compute_type);
+  const auto x_operand = call.input_width > 0 ? as_operand(*x, call.compute_type) : at::Tensor();
+  auto y = at::empty(h.sizes(), h_operand.options());
+  auto stats = at::empty({telemetry ? seeds : 0, kNumStats}, h.options().dtype(at::kDouble));
+  const Operands<T> operands(call, params);
+  auto job = start_job<T>(call);
+  job.telemetry = telemetry;
+  job.h = h_operand.template const_data_ptr<T>();
+  job.x = x_operand.defined() ? x_operand.template const_data_ptr<T>() : nullptr;
+  job.y = y.template mutable_data_ptr<T>();
+  cpu::pack(job, operands.tensors, false);
+
+  const auto division = divide(call);
+  const auto stride = cpu::round_up(job.scratch, 64);
+  const auto scratch = aligned<T>(stride * division.workers);
+  std::vector<ChunkStats> partial(static_cast<std::size_t>(telemetry ? seeds * division.workers : 0));
+  const auto& kernels = cpu::slot_kernels<T>();
+  division.run([&](std::int64_t worker, std::int64_t first, std::int64_t last) {
+    kernels.forward(job, first, last, scratch.get() + worker * stride,
+                    telemetry ? partial.data() + worker * seeds : nullptr);
+  });
+  if (telemetry) {
+    auto* rows = reinterpret_cast<ChunkStats*>(stats.template mutable_data_ptr<double>());
+    for (std::int64_t i = 0; i < seeds; ++i) {
+      rows[i] = ChunkStats{};
+      for (std::int64_t w = 0; w < division.workers; ++w) {
+        merge(rows[i], partial[static_cast<std::size_t>(w * seeds + i)]);
+      }
+    }
+  }
+  return {y.to(h.scalar_type()), std::move(stats)};
+}
+
+// Sum over the workers, in their order, of one padded gradient; times alpha_bwd.
+template <class T>
+at::Tensor reduce(const T* accumulators, std::int64_t stride, std::int64_t workers, std::int64_t rows,
+                  std::int64_t columns, std::int64_t columns_p, T alpha_bwd, const at::Tensor& param,
+                  at::ScalarType type) {
+  auto grad = at::empty(param.sizes(), param.options().dtype(type));
+  T* to = grad.template mutable_data_ptr<T>();
+  for (std::int64_t i = 0; i < rows; ++i) {
+    for (std::int64_t j = 0; j < columns; ++j) {
+      T sum = 0;
+      for (std::int64_t w = 0; w < workers; ++w) sum += accumulators[w * stride + i * columns_p + j];
+      to[i * columns + j] = alpha_bwd * sum;
+    }
+  }
+  return grad.to(param.scalar_type());
+}
+
+template <class T>
+std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
+    const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
+    const std::optional<at::Tensor>& x, at::TensorList params, at::IntArrayRef need) {
+  const auto dy_operand = as_operand(dy, call.compute_type);
+  const auto h_operand = call.reads_output ? as_operand(*h, call.compute_type) : at::Tensor();
+  const auto x_operand = call.input_width > 0 ? as_operand(*x, call.compute_type) : at::Tensor();
+  const bool need_dh = need[kNeedHost] != 0;
+  const bool need_dx = need[kNeedInput] != 0 && x_operand.defined();
+  auto dh = at::empty(need_dh ? dy.sizes() : at::IntArrayRef{0}, dy_operand.options());
+  auto dx = at::empty(need_dx ? x->sizes() : at::IntArrayRef{0}, dy_operand.options());
+
+  const Operands<T> operands(call, params);
+  auto job = start_job<T>(call);
+  job.dy = dy_operand.template const_data_ptr<T>();
+  job.h = h_operand.defined() ? h_operand.template const_data_ptr<T>() : nullptr;
+  job.x = x_operand.defined() ? x_operand.template const_data_ptr<T>() : nullptr;
+  job.dh = need_dh ? dh.template mutable_data_ptr<T>() : nullptr;
+  job.dx = need_dx ? dx.template mutable_data_ptr<T>() : nullptr;
+  for (std::size_t i = 0; i < call.seeds.size(); ++i) {
+    auto& seed = job.seeds[i];
+    if (seed.scalars.alpha_bwd != 0.0f) {
+      each_param<T>(call.seeds[i], [&](auto, std::size_t index, std::int64_t, std::int64_t) {
+        seed.trains |= need[kNeedParams + index] != 0;
+      });
+    }
+    seed.sends = seed.scalars.gamma != 0.0f &&
+                 (seed.shape.source == Source::kInput ? need_dx : need_dh);
+  }
+  cpu::pack(job, operands.tensors, true);
+
+  const auto division = divide(call);
+  const auto stride = cpu::round_up(job.scratch, 64);
+  const auto scratch = aligned<T>(stride * division.workers);
+  const auto grad_stride = job.grads.empty() ? 0 : cpu::round_up(job.grads.back().end, 64);
+  const auto accumulators = aligned<T>(grad_stride * division.workers);
+  const auto& kernels = cpu::slot_kernels<T>();
+  division.run([&](std::int64_t worker, std::int64_t first, std::int64_t last) {
+    T* own = accumulators.get() + worker * grad_stride;
+    std::fill(own, own + grad_stride, T(0));
+    kernels.backward(job, first, last, scratch.get() + worker * stride, own);
+  });
+
+  std::vector<at::Tensor> dparams(params.size());
+  for (std::size_t i = 0; i < call.seeds.size(); ++i) {
+    const auto& seed = job.seeds[i];
+    const auto alpha = static_cast<T>(seed.scalars.alpha_bwd);
+    SeedTensors<T> at_worker_0;
+    T* base = accumulators.get();
+    const auto& layout = job.grads[i];
+    at_worker_0 = {base + layout.A, base + layout.a, base + layout.G,
+                   base + layout.c, base + layout.B, base + layout.b};
+    each_param<T>(call.seeds[i], [&](auto member, std::size_t index, std::int64_t rows,
+                                     std::int64_t columns) {
+      const auto& param = params[index];
+      if (need[kNeedParams + index] == 0) {
+        dparams[index] = at::empty({0}, param.options());
+      } else if (!seed.trains) {
+        dparams[index] = at::empty(param.sizes(), param.options()).zero_();
+      } else {
+        const bool output = member == &SeedTensors<T>::B || member == &SeedTensors<T>::b;
+        dparams[index] = reduce<T>(at_worker_0.*member, grad_stride, division.workers, rows, columns,
+                                   output ? seed.width_p : seed.rank_p, alpha, param,
+                                   call.compute_type);
+      }
+    });
+  }
+  return {dh.to(dy.scalar_type()), need_dx ? dx.to(x->scalar_type()) : dx, std::move(dparams)};
+}
+
+std::tuple<at::Tensor, at::Tensor> slot_forward_cpu(const at::Tensor& h,
+                                                    const std::optional<at::Tensor>& x,
+                                                    at::TensorList params, const at::Tensor& scalars,
+                                                    at::IntArrayRef plan, bool telemetry) {
+  const auto call = check_slot("h", h, x, params, scalars, plan);
+  return call.compute_type == at::kDouble ? forward<double>(call, h, x, params, telemetry)
+                                          : forward<float>(call, h, x, params, telemetry);
+}
+
+std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> slot_backward_cpu(
+    const at::Tensor& dy, const std::optional<at::Tensor>& h, const std::optional<at::Tensor>& x,
+    at::TensorList params, const at::Tensor& scalars, at::IntArrayRef plan, at::IntArrayRef need) {
+  const auto call = check_slot("dy", dy, x, params, scalars, plan);
+  check_backward(call, dy, h, params, need);
+  return call.compute_type == at::kDouble ? backward<double>(call, dy, h, x, params, need)
+                                          : backward<float>(call, dy, h, x, params, need);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(esper, CPU, m) {
+  m.impl("slot_forward", &slot_forward_cpu);
+  m.impl("slot_backward", &slot_backward_cpu);
+}
+
+}  // namespace esper

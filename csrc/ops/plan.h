@@ -1,0 +1,32 @@
+// How a slot's computing seeds are described to the operators: a flat list of integers, kPlanWidth per
+// seed, rebuilt only when a lifecycle event happens. esper/kasmina/ops.py mirrors it as SeedPlan.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+namespace esper {
+
+// row          row of the seed in `scalars` (alpha_fwd, alpha_bwd, gamma)
+// offset       first feature of the seed's chunk
+// width        features of the chunk, d. Chunks are in ascending order and do not overlap.
+// source       0: reads its chunk of the slot's output h, S = d; 1: reads the slot's input x, S = D_in
+// family       0: bottleneck g = act(src A + a) B + b, or with a gate (act(src A + a) * (src G + c)) B + b
+//              1: affine     g = w * src + b, which needs S = d
+// activation   0 identity, 1 relu, 2 gelu (erf), 3 silu, 4 tanh; 0 for affine
+// gated        0 or 1; 0 for affine
+// rank         columns of A, r >= 1; 0 for affine
+// first_param  index of the seed's first tensor in `params`. In order, those in brackets where their bit
+//              in `biases` is set or the seed is gated:
+//              bottleneck A [S, r], (a [r]), (G [S, r]), (c [r]), B [r, d], (b [d]); affine w [d], (b [d])
+// biases       bit 0: a, bit 1: c, bit 2: b
+inline constexpr std::array<const char*, 10> kPlanFields = {
+    "row",        "offset", "width", "source",      "family",
+    "activation", "gated",  "rank",  "first_param", "biases"};
+inline constexpr std::int64_t kPlanWidth = kPlanFields.size();
+
+inline constexpr std::int64_t kBiasHidden = 1;
+inline constexpr std::int64_t kBiasGate = 2;
+inline constexpr std::int64_t kBiasOutput = 4;
+
+}  // namespace esper

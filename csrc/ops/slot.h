@@ -1,0 +1,80 @@
+// A slot call after its arguments are checked: what the CPU and the CUDA bindings share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "kernels/seed.h"
+#include "ops/plan.h"
+
+namespace esper {
+
+// Positions of a seed's tensors in `params`; -1 where it has none.
+struct ParamIndex {
+  std::int64_t A = -1, a = -1, G = -1, c = -1, B = -1, b = -1;
+};
+
+struct PlannedSeed {
+  SeedShape shape;
+  SeedScalars scalars;
+  ParamIndex params;
+};
+
+struct SlotCall {
+  at::ScalarType compute_type;  // double for double hosts, else float
+  std::int64_t tokens = 0;
+  std::int64_t width = 0;        // D
+  std::int64_t input_width = 0;  // D_in; 0 where no seed reads the input
+  bool reads_output = false;
+  std::vector<PlannedSeed> seeds;
+};
+
+// Checks everything that the kernels rely on. `host` is h, or dy in backward. Throws ValueError with a
+// message that says which argument is wrong, what it is and what it must be.
+SlotCall check_slot(const char* host_name, const at::Tensor& host, const std::optional<at::Tensor>& x,
+                    at::TensorList params, const at::Tensor& scalars, at::IntArrayRef plan);
+
+// The tensor as the kernels want it: the type they compute in, contiguous. No copy where it is so already.
+at::Tensor as_operand(const at::Tensor& tensor, at::ScalarType type);
+
+// The tensors that a seed has: calls visit(member of SeedTensors, index in params, rows, columns) for each.
+template <class T, class Visit>
+void each_param(const PlannedSeed& seed, Visit visit) {
+  using Tensors = SeedTensors<T>;
+  const auto& s = seed.shape;
+  const auto& p = seed.params;
+  const auto rows_B = s.family == Family::kAffine ? std::int64_t{1} : s.rank;
+  const auto call = [&visit](T* Tensors::*member, std::int64_t index, std::int64_t rows,
+                             std::int64_t columns) {
+    if (index >= 0) visit(member, static_cast<std::size_t>(index), rows, columns);
+  };
+  call(&Tensors::A, p.A, s.source_width, s.rank);
+  call(&Tensors::a, p.a, 1, s.rank);
+  call(&Tensors::G, p.G, s.source_width, s.rank);
+  call(&Tensors::c, p.c, 1, s.rank);
+  call(&Tensors::B, p.B, rows_B, s.width);
+  call(&Tensors::b, p.b, 1, s.width);
+}
+
+using SlotForward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& h,
+                                                       const std::optional<at::Tensor>& x,
+                                                       at::TensorList params, const at::Tensor& scalars,
+                                                       at::IntArrayRef plan, bool telemetry);
+
+using SlotBackward = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>(
+    const at::Tensor& dy, const std::optional<at::Tensor>& h, const std::optional<at::Tensor>& x,
+    at::TensorList params, const at::Tensor& scalars, at::IntArrayRef plan, at::IntArrayRef need);
+
+// The arguments of slot_backward's `need`: dh, dx, then one for each tensor of params.
+inline constexpr std::int64_t kNeedHost = 0;
+inline constexpr std::int64_t kNeedInput = 1;
+inline constexpr std::int64_t kNeedParams = 2;
+
+void check_backward(const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
+                    at::TensorList params, at::IntArrayRef need);
+
+}  // namespace esper

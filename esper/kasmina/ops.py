@@ -1,0 +1,250 @@
+"""The compiled operators, with what torch needs to trace and count them.
+
+With `h` the slot's output, `C_s` the chunk of seed s and `src` its source, one call computes
+
+    y[..., C_s] = h[..., C_s] + alpha_fwd_s * g_s(src)
+
+for all computing seeds of a slot, where g_s is a bottleneck `act(src A + a) B + b`, the same with a gate
+`(act(src A + a) * (src G + c)) B + b`, or affine `w * src + b`. Backward sends `dy` to `h` unchanged,
+`alpha_bwd_s * dg/dparams` to the seed's parameters and `gamma_s * dg/dsrc` to its source. Where every gamma
+is 0 the gradient of `h` is `dy` itself; parameters of a seed whose alpha_bwd is 0 get no gradient at all, so
+that an optimizer leaves them alone. (A graph traced by torch.compile must hold for every later value of the
+scalars, so there they get zeros.) A token for which g_s is not finite keeps `h` in that chunk and takes no
+part in any gradient.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils.flop_counter import register_flop_formula
+
+from esper import _C
+
+SOURCES = ("output", "input")
+FAMILIES = ("bottleneck", "affine")
+ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")
+
+PLAN_WIDTH = len(_C.PLAN_FIELDS)
+NUM_STATS = len(_C.STATS_COLUMNS)
+
+
+@dataclass(frozen=True)
+class SeedPlan:
+    """Where one computing seed sits in its slot and what it computes.
+
+    The operators check every field against the tensors of the call.
+
+    Attributes:
+        row: Row of the seed in `scalars`.
+        offset: First feature of its chunk. The seeds of a slot come in ascending order without overlap.
+        width: Features of its chunk, d.
+        source: `output` (its chunk of h, S = d) or `input` (the slot's input x, S = D_in).
+        family: `bottleneck` or `affine`.
+        first_param: Index of its first tensor in `params`. Its tensors are, in this order, those in
+            parentheses where the seed has them: A [S, r], (a [r]), (G [S, r]), (c [r]), B [r, d], (b [d]);
+            of an affine seed w [d], (b [d]).
+        activation: One of `ACTIVATIONS`; `identity` for affine.
+        rank: Width r of the hidden layer, from 1 up; 0 for affine.
+        gated: Whether it has a gate G.
+        hidden_bias: Whether it has a.
+        gate_bias: Whether it has c.
+        output_bias: Whether it has b.
+    """
+
+    row: int
+    offset: int
+    width: int
+    source: str
+    family: str
+    first_param: int
+    activation: str = "identity"
+    rank: int = 0
+    gated: bool = False
+    hidden_bias: bool = False
+    gate_bias: bool = False
+    output_bias: bool = False
+
+    @property
+    def num_params(self) -> int:
+        """How many tensors of `params` are this seed's."""
+        bottleneck = self.family == "bottleneck"
+        return 1 + bottleneck + sum((self.gated, self.hidden_bias, self.gate_bias, self.output_bias))
+
+    def pack(self) -> list[int]:
+        """Returns the seed's record of the plan, in the order of `_C.PLAN_FIELDS`.
+
+        Raises:
+            ValueError: For a source, family or activation that does not exist.
+        """
+        return [
+            self.row,
+            self.offset,
+            self.width,
+            _position("source", self.source, SOURCES),
+            _position("family", self.family, FAMILIES),
+            _position("activation", self.activation, ACTIVATIONS),
+            int(self.gated),
+            self.rank,
+            self.first_param,
+            self.hidden_bias + 2 * self.gate_bias + 4 * self.output_bias,
+        ]
+
+
+def _position(field: str, value: str, names: tuple[str, ...]) -> int:
+    if value not in names:
+        raise ValueError(f"{field} is {value!r} but must be one of {', '.join(names)}")
+    return names.index(value)
+
+
+def slot_forward(
+    h: Tensor,
+    x: Tensor | None,
+    params: Sequence[Tensor],
+    scalars: Tensor,
+    plan: Sequence[int],
+    telemetry: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Runs all computing seeds of a slot; differentiable once.
+
+    Args:
+        h: The slot's output, [..., D], in float32, float64, bfloat16 or float16.
+        x: The slot's input, [..., D_in] with as many tokens; None where no seed reads it.
+        params: The seeds' tensors, of float32 or the type of `h`.
+        scalars: alpha_fwd, alpha_bwd and gamma, [rows, 3] in float32 on the CPU. Read during the call, also
+            for the backward pass that belongs to it.
+        plan: The packed `SeedPlan` of each computing seed, one after the other.
+        telemetry: Whether to measure the chunks.
+
+    Returns:
+        y [..., D], contiguous, and the statistics [seeds, len(_C.STATS_COLUMNS)] in float64, with no rows
+        where `telemetry` is False.
+
+    Raises:
+        ValueError: Where an argument does not fit the others; says which.
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.esper.slot_forward.default(
+        h, x, params, scalars, plan, telemetry
+    )
+    return result
+
+
+class _ScaleGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, tensor: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale  # type: ignore[attr-defined]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None
+    ) -> tuple[Tensor | None, None]:
+        (grad,) = grads
+        scale: float = ctx.scale  # type: ignore[attr-defined]
+        if grad is None or scale == 0.0:
+            return None, None
+        return (grad if scale == 1.0 else grad * scale), None
+
+
+def scale_grad(tensor: Tensor, scale: float) -> Tensor:
+    """Returns `tensor` as it is, with its gradient multiplied by `scale`; none is sent where that is 0."""
+    apply: Callable[[Tensor, float], Tensor] = _ScaleGrad.apply
+    return apply(tensor, scale)
+
+
+# ---------------------------------------------------------------- tracing
+
+
+@torch.library.register_fake("esper::slot_forward")
+def _fake_forward(
+    h: Tensor,
+    x: Tensor | None,
+    params: Sequence[Tensor],
+    scalars: Tensor,
+    plan: Sequence[int],
+    telemetry: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = len(plan) // PLAN_WIDTH if telemetry else 0
+    return h.new_empty(h.shape), h.new_empty((rows, NUM_STATS), dtype=torch.float64)
+
+
+@torch.library.register_fake("esper::slot_backward")
+def _fake_backward(
+    dy: Tensor,
+    h: Tensor | None,
+    x: Tensor | None,
+    params: Sequence[Tensor],
+    scalars: Tensor,
+    plan: Sequence[int],
+    need: Sequence[int],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    dh = dy.new_empty(dy.shape if need[0] else (0,))
+    dx = dy.new_empty((0,)) if x is None or not need[1] else x.new_empty(x.shape)
+    dparams = [
+        p.new_empty(p.shape if wanted else (0,)) for p, wanted in zip(params, need[2:], strict=True)
+    ]
+    return dh, dx, dparams
+
+
+# ---------------------------------------------------------------- counting
+
+
+def _records(
+    tokens: int, x: Tensor | None, scalars: Tensor, plan: Sequence[int]
+) -> list[tuple[int, int, bool, tuple[float, float, float]]]:
+    """For each seed: multiply-adds src -> hidden and hidden -> g, whether it reads x, and its scalars."""
+    records = []
+    for start in range(0, len(plan), PLAN_WIDTH):
+        row, _, width, source, family, _, gated, rank, _, _ = plan[start : start + PLAN_WIDTH]
+        source_width = x.shape[-1] if source and x is not None else width
+        down = 0 if family else tokens * source_width * rank * (1 + gated)
+        up = tokens * width * (1 if family else rank)
+        # Values of a traced tensor are unknown: every part is then counted as done.
+        values = (1.0, 1.0, 1.0) if is_fake(scalars) else tuple(scalars[row].tolist())
+        records.append((down, up, bool(source), values))
+    return records
+
+
+@register_flop_formula(torch.ops.esper.slot_forward, get_raw=True)
+def _forward_flops(
+    h: Tensor,
+    x: Tensor | None,
+    params: Sequence[Tensor],
+    scalars: Tensor,
+    plan: Sequence[int],
+    telemetry: bool,
+    out_val: object = None,
+) -> int:
+    tokens = h.numel() // h.shape[-1]
+    return sum(
+        2 * (down + up)
+        for down, up, _, (alpha_fwd, _, _) in _records(tokens, x, scalars, plan)
+        if telemetry or alpha_fwd != 0.0
+    )
+
+
+@register_flop_formula(torch.ops.esper.slot_backward, get_raw=True)
+def _backward_flops(
+    dy: Tensor,
+    h: Tensor | None,
+    x: Tensor | None,
+    params: Sequence[Tensor],
+    scalars: Tensor,
+    plan: Sequence[int],
+    need: Sequence[int],
+    out_val: object = None,
+) -> int:
+    tokens = dy.numel() // dy.shape[-1]
+    bounds = [*plan[PLAN_WIDTH - 2 :: PLAN_WIDTH], len(params)]
+    total = 0
+    for i, (down, up, reads_x, values) in enumerate(_records(tokens, x, scalars, plan)):
+        _, alpha_bwd, gamma = values
+        trains = alpha_bwd != 0.0 and any(need[2 + bounds[i] : 2 + bounds[i + 1]])
+        sends = gamma != 0.0 and bool(need[1 if reads_x else 0])
+        if trains or sends:
+            # The hidden layer and its gradient, then the weights' gradients, then the source's.
+            total += 2 * ((down + up) * (1 + trains) + (down if down else up) * sends)
+    return total
