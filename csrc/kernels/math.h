@@ -121,4 +121,37 @@ ESPER_HD T activate_grad(T x) {
   }
 }
 
+// The same with the activation known at run time only.
+template <class T>
+ESPER_HD T activate(Activation kind, T x) {
+  switch (kind) {
+    case Activation::kRelu:
+      return activate<Activation::kRelu>(x);
+    case Activation::kGelu:
+      return activate<Activation::kGelu>(x);
+    case Activation::kSilu:
+      return activate<Activation::kSilu>(x);
+    case Activation::kTanh:
+      return activate<Activation::kTanh>(x);
+    default:
+      return x;
+  }
+}
+
+template <class T>
+ESPER_HD T activate_grad(Activation kind, T x) {
+  switch (kind) {
+    case Activation::kRelu:
+      return activate_grad<Activation::kRelu>(x);
+    case Activation::kGelu:
+      return activate_grad<Activation::kGelu>(x);
+    case Activation::kSilu:
+      return activate_grad<Activation::kSilu>(x);
+    case Activation::kTanh:
+      return activate_grad<Activation::kTanh>(x);
+    default:
+      return T(1);
+  }
+}
+
 }  // namespace esper

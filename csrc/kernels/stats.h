@@ -2,7 +2,8 @@
 #pragma once
 
 #include <array>
-#include <cstdint>
+
+#include "kernels/math.h"
 
 namespace esper {
 
@@ -27,7 +28,7 @@ struct ChunkStats {
 static_assert(sizeof(ChunkStats) == kNumStats * sizeof(double), "a row of the stats tensor");
 
 // Chan, Golub and LeVeque (1979), pairwise update of mean and centred second moments.
-inline void merge(ChunkStats& into, const ChunkStats& other) {
+ESPER_HD void merge(ChunkStats& into, const ChunkStats& other) {
   if (other.count > 0.0) {
     const double total = into.count + other.count;
     const double delta = other.mean - into.mean;

@@ -2,8 +2,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/tensor.h>
+#include <ATen/ops/select.h>
+#include <ATen/ops/stack.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -57,9 +57,9 @@ at::Tensor snapshot(const at::Tensor& scalars, Plan& plan) {
       std::copy_n(from + 3 * plan.at(i, 0), 3, to + 3 * i);
     }
   } else {
-    std::vector<std::int64_t> indices;
-    for (std::size_t i = 0; i < plan.seeds(); ++i) indices.push_back(plan.at(i, 0));
-    rows = at::index_select(scalars, 0, at::tensor(indices, at::kLong));
+    std::vector<at::Tensor> picked;
+    for (std::size_t i = 0; i < plan.seeds(); ++i) picked.push_back(at::select(scalars, 0, plan.at(i, 0)));
+    rows = picked.empty() ? at::empty({0, 3}, scalars.options()) : at::stack(picked);
   }
   for (std::size_t i = 0; i < plan.seeds(); ++i) plan.at(i, 0) = static_cast<std::int64_t>(i);
   return rows;

@@ -1,0 +1,41 @@
+// Launchers of the CUDA slot kernels: raw device pointers, 64-bit sizes and a stream; no CUDA header.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/seed.h"
+#include "kernels/stats.h"
+
+namespace esper::cuda {
+
+// One seed of a slot call. All pointers are to device memory.
+template <class T>
+struct SeedCall {
+  SeedShape shape;
+  SeedScalars scalars;
+  SeedTensors<const T> params;
+  std::int64_t tokens = 0, width = 0, input_width = 0;
+  const T* h = nullptr;  // [tokens, width]
+  const T* x = nullptr;  // [tokens, input_width]
+  // Scratch: pre-activations and hidden layer, each [tokens, r]; g [tokens, d]; energy of g [tokens], where
+  // -1 marks a token that is contained.
+  T *before = nullptr, *gate = nullptr, *hidden = nullptr, *g = nullptr;
+  double* energy = nullptr;
+};
+
+// y's chunk = h + alpha_fwd * g where alpha_fwd is not 0; y holds h before. `stats` may be null.
+// Returns null, or what went wrong with a launch.
+template <class T>
+const char* forward(const SeedCall<T>& call, T* y, ChunkStats* stats, void* stream);
+
+template <class T>
+struct SeedGrads {
+  const T* dy = nullptr;     // [tokens, width]
+  SeedTensors<T> params;     // null where not wanted
+  T* dsource = nullptr;      // dh or dx, which this seed adds gamma * dg/dsrc to; null where it does not send
+};
+
+template <class T>
+const char* backward(const SeedCall<T>& call, const SeedGrads<T>& grads, void* stream);
+
+}  // namespace esper::cuda
