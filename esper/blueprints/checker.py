@@ -148,11 +148,8 @@ def check(blueprint: blueprint_pb2.Blueprint) -> CheckedBlueprint:
 
 def rank_binding(blueprint: blueprint_pb2.Blueprint) -> dict[str, int]:
     """Returns the number that the hyperparameter `rank` gives to the symbol R, if there is one."""
-    return {
-        "R": hyperparameter.value.int_value
-        for hyperparameter in blueprint.hyperparameters
-        if hyperparameter.name == "rank"
-    }
+    named = {entry.name: entry.value.int_value for entry in blueprint.hyperparameters}
+    return {"R": named["rank"]} if "rank" in named else {}
 
 
 def _check_hyperparameters(
@@ -232,11 +229,11 @@ def check_graph(graph: blueprint_pb2.Graph, bindings: Mapping[str, int]) -> Chec
     _refuse_unreachable(graph, order)
     number = {0: 0} | {value: position for position, value in enumerate(order, start=1)}
     shapes: list[tuple[Shape, ...]] = [(input_shape,)]
-    nodes = []
+    nodes: list[CheckedNode] = []
     for value in order:
         index = value - 1
         inputs = tuple((number[operand], at) for operand, at in operands[index])
-        node = _infer(
+        inferred = _infer(
             index,
             graph.nodes[index].id,
             specs[index],
@@ -244,8 +241,8 @@ def check_graph(graph: blueprint_pb2.Graph, bindings: Mapping[str, int]) -> Chec
             attributes[index],
             tuple(shapes[operand][at] for operand, at in inputs),
         )
-        nodes.append(node)
-        shapes.append(node.output_shapes)
+        nodes.append(inferred)
+        shapes.append(inferred.output_shapes)
     final = (number[output[0]], output[1])
     output_shape = shapes[final[0]][final[1]]
     _check_output(layout, input_shape, output_shape, bindings)

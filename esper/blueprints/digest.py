@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping
 from collections.abc import Sequence
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from esper.blueprints.attributes import encode
@@ -96,22 +95,21 @@ def _message(message: Message) -> dict[str, Json]:
             continue
         value = getattr(message, field.name)
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
-            entry = field.message_type.fields_by_name["value"]
-            fields[field.name] = {key: _value(entry, value[key]) for key in value}
+            fields[field.name] = {key: _value(value[key]) for key in value}
         elif field.is_repeated:
-            fields[field.name] = [_value(field, item) for item in value]
+            fields[field.name] = [_value(item) for item in value]
         else:
-            fields[field.name] = _value(field, value)
+            fields[field.name] = _value(value)
     return fields
 
 
-def _value(field: FieldDescriptor, value: object) -> Json:
+def _value(value: object) -> Json:
     if isinstance(value, Message):
         return _message(value)
     if isinstance(value, float):
         # As text: JSON has one kind of number, and 1.0, 1 and -0.0 must stay apart.
         return repr(value)
-    assert isinstance(value, bool | int | str), field.full_name
+    assert isinstance(value, bool | int | str)
     return value
 
 

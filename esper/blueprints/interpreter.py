@@ -114,7 +114,9 @@ class ReferenceModule(nn.Module):
         """
         if self.layout is not Layout.TOKENS:
             num_axes = len(self.layout.value.split(","))
-            torch._assert(source.dim() == num_axes, f"the seed needs a {self.layout.value} source")
+            torch._assert(  # type: ignore[no-untyped-call]
+                source.dim() == num_axes, f"the seed needs a {self.layout.value} source"
+            )
             return self._evaluate(source)
         last = source.movedim(1, -1) if self.channels_first else source
         g = self._evaluate(last.reshape(-1, self.source_width))
@@ -273,9 +275,10 @@ def _pool(x: Sequence[Tensor], w: Weights, step: Step, frame: Frame) -> Tensor:
 
 
 def _attention(x: Sequence[Tensor], w: Weights, step: Step, frame: Frame) -> Tensor:
-    split = (step.heads, step.width // step.heads)
+    n, t = x[0].shape[0], x[0].shape[1]
+    heads = (n, t, step.heads, step.width // step.heads)
     parts = torch.chunk(x[0] @ w["qkv"], 3, dim=-1)
-    q, k, v = (parts[part].unflatten(-1, split).transpose(1, 2) for part in range(3))
+    q, k, v = (parts[part].reshape(heads).transpose(1, 2) for part in range(3))
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=step.causal)
     return mixed.transpose(1, 2).flatten(2) @ w["out"]
 

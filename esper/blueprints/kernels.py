@@ -105,7 +105,7 @@ def computation(kernel: kernel_pb2.Kernel) -> Computation:
     """
     check_signature(kernel.signature)
     signature = kernel.signature
-    names: ParameterNames
+    names: ParameterNames | None = None
     match kernel.WhichOneof("lowering"):
         case "bottleneck":
             graph, names = _bottleneck(kernel.bottleneck, signature)
@@ -116,7 +116,7 @@ def computation(kernel: kernel_pb2.Kernel) -> Computation:
             graph = builder.returns(builder.node("scale", builder.input, factor=0.0))
             names = {}
         case "graph":
-            graph, names = kernel.graph.graph, None
+            graph = kernel.graph.graph
         case _:
             raise BlueprintError("kernel.lowering", "absent", "must be given")
     checked = bind(graph, signature, {})
@@ -136,7 +136,7 @@ def bind(
         BlueprintError: Where the graph is unsound or does not fit the place.
     """
     widths = {"D": signature.chunk_width, "C": signature.source_width}
-    checked = check_graph(graph, widths | rank)
+    checked = check_graph(graph, {**widths, **rank})
     if checked.source != signature.source:
         raise BlueprintError(
             "signature.source",
