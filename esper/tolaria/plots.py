@@ -89,11 +89,11 @@ def _alphas(history: History) -> dict[tuple[str, int], Series]:
     }
 
 
-def plot_growth(curves: Curves, path: Path, *, title: str) -> None:
+def plot_growth(history: History, path: Path, *, title: str = "How the model grew") -> None:
     """Draws losses, alphas and parameters over optimizer steps into a PNG.
 
     Args:
-        curves: What to draw.
+        history: The run to draw.
         path: File to write; its folder must exist.
         title: Heading of the figure.
     """
@@ -101,6 +101,7 @@ def plot_growth(curves: Curves, path: Path, *, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    curves = growth_curves(history)
     figure = Figure(figsize=(10, 9), layout="constrained")
     FigureCanvasAgg(figure)
     losses, alphas, parameters = figure.subplots(3, 1, sharex=True)

@@ -174,8 +174,8 @@ def test_epochs_without_a_measured_training_loss_are_no_zeros() -> None:
 def test_growth_plot_has_three_panels_with_curves(tmp_path: Path, history: History) -> None:
     empty, full = tmp_path / "empty.png", tmp_path / "full.png"
     bare = History(epochs=history.epochs)
-    plots.plot_growth(plots.growth_curves(bare), empty, title="digits")
-    plots.plot_growth(plots.growth_curves(history), full, title="digits")
+    plots.plot_growth(bare, empty)
+    plots.plot_growth(history, full)
     for path in (empty, full):
         with Image.open(path) as image:
             assert image.format == "PNG"
