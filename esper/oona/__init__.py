@@ -1,0 +1,1 @@
+"""Client of Oona, the event log."""

@@ -1,0 +1,56 @@
+"""How a server is started, by `esper serve` and by the embedded plane."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+MODULE = "esper.services.serving"
+
+
+def server_command(
+    services: Sequence[str],
+    address: str,
+    data_dir: Path,
+    *,
+    urza: str | None = None,
+    insecure: bool = False,
+    exit_with_parent: bool = False,
+    log_json: bool = False,
+) -> list[str]:
+    """Returns the command line of a server.
+
+    Args:
+        services: `all`, or some of `urza`, `tezzeret`, `tamiyo`, `oona`.
+        address: Where to listen, `unix:PATH` or `HOST:PORT`.
+        data_dir: Directory of the stores.
+        urza: Address of the Urza that the other services use; None means the server itself.
+        insecure: Accept plain text on an address that other machines reach.
+        exit_with_parent: Stop once stdin ends or the parent process is gone.
+        log_json: Log lines as JSON.
+    """
+    # -P: a file of the user's working directory must not stand in for a module of the server.
+    command = [sys.executable, "-P", "-m", MODULE, *services]
+    command += ["--listen", address, "--data", str(data_dir)]
+    if urza is not None:
+        command += ["--urza", urza]
+    if insecure:
+        command.append("--insecure")
+    if exit_with_parent:
+        command.append("--exit-with-parent")
+    if log_json:
+        command.append("--log-json")
+    return command
+
+
+def server_environment() -> dict[str, str]:
+    """Returns this process's environment with defaults that keep a server from crowding it.
+
+    OpenMP workers that spin between two uses can slow a training process on the same cores down
+    many times over; a server computes little and has one thread unless the environment says
+    otherwise.
+    """
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment.setdefault("OMP_WAIT_POLICY", "passive")
+    return environment

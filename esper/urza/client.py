@@ -1,0 +1,230 @@
+"""Client of Urza: blobs, blueprints, kernels and field reports."""
+
+import hashlib
+import uuid
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+
+import grpc
+
+from esper.common.rpc import CALL_TIMEOUT_S
+from esper.common.rpc import STREAM_BYTES_PER_S
+from esper.common.rpc import RpcError
+from esper.common.rpc import readable_errors
+from esper.common.v1 import blueprint_pb2
+from esper.common.v1 import digest_pb2
+from esper.common.v1 import kernel_pb2
+from esper.urza.v1 import blob_pb2
+from esper.urza.v1 import blob_pb2_grpc
+from esper.urza.v1 import library_pb2
+from esper.urza.v1 import library_pb2_grpc
+
+CHUNK_BYTES = 1 << 20
+PAGE_SIZE = 200
+UPLOAD_ATTEMPTS = 5
+MAX_DIGESTS = 1000
+_AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
+
+
+def digest_of(data: bytes) -> digest_pb2.Digest:
+    """Returns the digest of some bytes."""
+    return digest_pb2.Digest(hash=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+
+
+def _new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def _transfer_timeout_s(size_bytes: int) -> float:
+    return CALL_TIMEOUT_S + size_bytes / STREAM_BYTES_PER_S
+
+
+class UrzaClient:
+    """Stores and finds things in a library; safe to use from several threads.
+
+    Every call raises `esper.common.rpc.RpcError` where the server refuses it or does not answer.
+    Calls that fail because the server was away are repeated for a short while, without a second
+    effect.
+
+    Args:
+        channel: An open channel to a server of Urza.
+    """
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._blobs = blob_pb2_grpc.BlobServiceStub(channel)
+        self._library = library_pb2_grpc.LibraryServiceStub(channel)
+
+    # ------------------------------------------------------------ blobs
+
+    def write_blob(self, data: bytes) -> digest_pb2.Digest:
+        """Stores some bytes and returns their digest, once they are durable.
+
+        An upload that breaks goes on where it stopped.
+        """
+        digest = digest_of(data)
+        for attempt in range(UPLOAD_ATTEMPTS):
+            try:
+                with readable_errors():
+                    offset = 0 if attempt == 0 else self._committed(digest)
+                    self._blobs.WriteBlob(
+                        _chunks(digest, data, offset),
+                        timeout=_transfer_timeout_s(len(data)),
+                        wait_for_ready=attempt > 0,
+                    )
+                return digest
+            except RpcError as error:
+                if error.code not in _AGAIN or attempt == UPLOAD_ATTEMPTS - 1:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _committed(self, digest: digest_pb2.Digest) -> int:
+        answer = self._blobs.QueryWrite(
+            blob_pb2.QueryWriteRequest(digest=digest), timeout=CALL_TIMEOUT_S, wait_for_ready=True
+        )
+        return answer.committed_size
+
+    def read_blob(self, digest: digest_pb2.Digest) -> bytes:
+        """Returns the bytes of a blob.
+
+        Raises:
+            RpcError: NOT_FOUND; DATA_LOSS where what came is not what the digest says.
+        """
+        request = blob_pb2.ReadBlobRequest(digest=digest)
+        with readable_errors():
+            answers = self._blobs.ReadBlob(request, timeout=_transfer_timeout_s(digest.size_bytes))
+            data = b"".join(answer.data for answer in answers)
+        if digest_of(data) != digest:
+            raise RpcError(
+                grpc.StatusCode.DATA_LOSS, f"blob {digest.hash} came with other bytes than its own"
+            )
+        return data
+
+    def find_missing_blobs(self, digests: Sequence[digest_pb2.Digest]) -> list[digest_pb2.Digest]:
+        """Returns those of `digests` that the store does not hold, in the same order."""
+        missing: list[digest_pb2.Digest] = []
+        for start in range(0, len(digests), MAX_DIGESTS):
+            request = blob_pb2.FindMissingBlobsRequest(digests=digests[start : start + MAX_DIGESTS])
+            with readable_errors():
+                missing += self._blobs.FindMissingBlobs(request, timeout=CALL_TIMEOUT_S).missing
+        return missing
+
+    # ------------------------------------------------------------ blueprints
+
+    def create_blueprint(self, blueprint: blueprint_pb2.Blueprint) -> library_pb2.BlueprintRecord:
+        """Stores a blueprint, or finds an equal one stored, and returns its record."""
+        request = library_pb2.CreateBlueprintRequest(blueprint=blueprint, request_id=_new_id())
+        with readable_errors():
+            return self._library.CreateBlueprint(request, timeout=CALL_TIMEOUT_S).blueprint
+
+    def get_blueprint(self, name: str) -> library_pb2.BlueprintRecord:
+        """Returns the record of `blueprints/{digest}`."""
+        request = library_pb2.GetBlueprintRequest(name=name)
+        with readable_errors():
+            return self._library.GetBlueprint(request, timeout=CALL_TIMEOUT_S).blueprint
+
+    def list_blueprints(
+        self,
+        state: library_pb2.BlueprintState = library_pb2.BLUEPRINT_STATE_UNSPECIFIED,
+        tags: Iterable[str] = (),
+    ) -> Iterator[library_pb2.BlueprintRecord]:
+        """Yields the blueprints in a state (default any) that carry all of `tags`, by name."""
+        request = library_pb2.ListBlueprintsRequest(page_size=PAGE_SIZE, state=state, tags=tags)
+        while True:
+            with readable_errors():
+                page = self._library.ListBlueprints(request, timeout=CALL_TIMEOUT_S)
+            yield from page.blueprints
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def update_blueprint_state(
+        self, name: str, state: library_pb2.BlueprintState, etag: str = ""
+    ) -> library_pb2.BlueprintRecord:
+        """Moves a blueprint to another state; with `etag`, only if it has not changed since."""
+        request = library_pb2.UpdateBlueprintStateRequest(
+            name=name, state=state, etag=etag, request_id=_new_id()
+        )
+        with readable_errors():
+            return self._library.UpdateBlueprintState(request, timeout=CALL_TIMEOUT_S).blueprint
+
+    # ------------------------------------------------------------ kernels
+
+    def create_kernel(
+        self, kernel: kernel_pb2.Kernel, tags: Iterable[str] = ()
+    ) -> library_pb2.KernelRecord:
+        """Stores a kernel, or finds an equal one stored, and returns its record.
+
+        Raises:
+            RpcError: FAILED_PRECONDITION where its blueprint or its weights are not stored.
+        """
+        request = library_pb2.CreateKernelRequest(kernel=kernel, tags=tags, request_id=_new_id())
+        with readable_errors():
+            return self._library.CreateKernel(request, timeout=CALL_TIMEOUT_S).kernel
+
+    def get_kernel(self, name: str) -> library_pb2.KernelRecord:
+        """Returns the record of `kernels/{digest}`."""
+        request = library_pb2.GetKernelRequest(name=name)
+        with readable_errors():
+            return self._library.GetKernel(request, timeout=CALL_TIMEOUT_S).kernel
+
+    def list_kernels(
+        self, filter: library_pb2.KernelFilter | None = None
+    ) -> Iterator[library_pb2.KernelRecord]:
+        """Yields the kernels that pass `filter` (default all), by name."""
+        request = library_pb2.ListKernelsRequest(page_size=PAGE_SIZE, filter=filter)
+        while True:
+            with readable_errors():
+                page = self._library.ListKernels(request, timeout=CALL_TIMEOUT_S)
+            yield from page.kernels
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def update_kernel_state(
+        self,
+        name: str,
+        state: library_pb2.KernelState,
+        validation: kernel_pb2.ValidationReport | None = None,
+        etag: str = "",
+    ) -> library_pb2.KernelRecord:
+        """Moves a kernel to another state; to VALIDATED only with a report that passed."""
+        request = library_pb2.UpdateKernelStateRequest(
+            name=name, state=state, validation=validation, etag=etag, request_id=_new_id()
+        )
+        with readable_errors():
+            return self._library.UpdateKernelState(request, timeout=CALL_TIMEOUT_S).kernel
+
+    # ------------------------------------------------------------ field reports
+
+    def record_field_report(self, report: library_pb2.FieldReport) -> library_pb2.FieldReport:
+        """Stores what a kernel did in a run and returns the report with name and time."""
+        request = library_pb2.RecordFieldReportRequest(report=report, request_id=_new_id())
+        with readable_errors():
+            return self._library.RecordFieldReport(request, timeout=CALL_TIMEOUT_S).report
+
+    def list_field_reports(self, kernel: str) -> Iterator[library_pb2.FieldReport]:
+        """Yields the reports on `kernels/{digest}`, oldest first."""
+        request = library_pb2.ListFieldReportsRequest(kernel=kernel, page_size=PAGE_SIZE)
+        while True:
+            with readable_errors():
+                page = self._library.ListFieldReports(request, timeout=CALL_TIMEOUT_S)
+            yield from page.reports
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+
+def _chunks(
+    digest: digest_pb2.Digest, data: bytes, offset: int
+) -> Iterator[blob_pb2.WriteBlobRequest]:
+    """Yields the messages of an upload from `offset` on; at least one, with the digest."""
+    first = True
+    while first or offset < len(data):
+        yield blob_pb2.WriteBlobRequest(
+            digest=digest if first else None,
+            write_offset=offset,
+            data=data[offset : offset + CHUNK_BYTES],
+        )
+        first = False
+        offset += CHUNK_BYTES

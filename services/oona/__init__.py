@@ -1,0 +1,1 @@
+"""Oona: the durable event log."""

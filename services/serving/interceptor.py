@@ -1,0 +1,159 @@
+"""What happens around every call: limits, default deadline, errors to statuses, one log line."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from collections.abc import Awaitable
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+from typing import TypeAlias
+
+import grpc
+
+from esper.services.serving.errors import ServiceError
+from esper.services.serving.errors import exhausted
+from esper.services.serving.limits import ServerLimits
+from esper.services.serving.logs import FIELDS
+
+LOG = logging.getLogger("esper.call")
+OWN_PREFIX = "/esper."
+RETRY_AFTER_S = 0.5
+
+# Quoted: gRPC's classes are generic in their type stubs alone.
+Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[object, object]"
+UnaryBehaviour: TypeAlias = "Callable[[object, Context], Awaitable[object]]"
+StreamBehaviour: TypeAlias = "Callable[[object, Context], AsyncIterator[object]]"
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the handlers of Esper's own services, all four kinds of them.
+
+    A `ServiceError` becomes its status with details. Any other exception becomes INTERNAL with an
+    incident number; the traceback goes to the log alone.
+
+    Args:
+        limits: What the server takes on.
+    """
+
+    def __init__(self, limits: ServerLimits) -> None:
+        self._limits = limits
+        self._running = 0
+
+    async def intercept_service(  # noqa: D102
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "Handler":
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        # Health checks and reflection have no errors of ours and would fill the log.
+        if handler is None or not method.startswith(OWN_PREFIX):
+            return handler
+        coders = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(method, handler.unary_unary, self._limits.default_deadline_s), **coders
+            )
+        if handler.stream_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(
+                self._unary(method, handler.stream_unary, None), **coders
+            )
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                self._stream(method, handler.unary_stream), **coders
+            )
+        return grpc.stream_stream_rpc_method_handler(
+            self._stream(method, handler.stream_stream), **coders
+        )
+
+    def _unary(
+        self, method: str, behaviour: "UnaryBehaviour", default_deadline_s: float | None
+    ) -> "UnaryBehaviour":
+        async def handle(request: object, context: "Context") -> object:
+            async with self._call(method, context):
+                unlimited = context.time_remaining() is None
+                async with asyncio.timeout(default_deadline_s if unlimited else None):
+                    return await behaviour(request, context)
+
+        return handle
+
+    def _stream(self, method: str, behaviour: "StreamBehaviour") -> "StreamBehaviour":
+        async def handle(request: object, context: "Context") -> AsyncIterator[object]:
+            async with self._call(method, context):
+                responses = behaviour(request, context)
+                async for response in responses:
+                    yield response
+
+        return handle
+
+    @asynccontextmanager
+    async def _call(self, method: str, context: "Context") -> AsyncIterator[None]:
+        started_s = time.perf_counter()
+        code = grpc.StatusCode.OK
+        reason = ""
+        self._running += 1
+        try:
+            if self._running > self._limits.max_concurrent_rpcs:
+                raise exhausted(
+                    "TOO_MANY_CALLS",
+                    f"the server already runs {self._limits.max_concurrent_rpcs} calls",
+                    RETRY_AFTER_S,
+                )
+            yield
+        except ServiceError as error:
+            code, reason = error.code, error.reason
+            await context.abort_with_status(error.status())
+        except TimeoutError:
+            code, reason = grpc.StatusCode.DEADLINE_EXCEEDED, "DEFAULT_DEADLINE"
+            await context.abort_with_status(self._too_slow().status())
+        except (asyncio.CancelledError, GeneratorExit):
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except grpc.aio.AbortError:
+            code = context.code()
+            raise
+        except Exception as error:
+            incident = secrets.token_hex(4)
+            code, reason = grpc.StatusCode.INTERNAL, "INTERNAL"
+            LOG.exception(
+                "internal error", extra={FIELDS: {"method": method, "incident": incident}}
+            )
+            await context.abort_with_status(_internal(incident).status())
+            raise AssertionError("abort_with_status raises") from error
+        finally:
+            self._running -= 1
+            _log_call(method, context.peer(), code, reason, started_s)
+
+    def _too_slow(self) -> ServiceError:
+        return ServiceError(
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            "DEFAULT_DEADLINE",
+            f"the call set no deadline and took longer than {self._limits.default_deadline_s:g} s",
+        )
+
+
+def _internal(incident: str) -> ServiceError:
+    return ServiceError(
+        grpc.StatusCode.INTERNAL,
+        "INTERNAL",
+        f"internal error; the server's log has it as incident {incident}",
+        metadata={"incident": incident},
+    )
+
+
+def _log_call(method: str, peer: str, code: grpc.StatusCode, reason: str, started_s: float) -> None:
+    fields: dict[str, object] = {
+        "method": method,
+        "code": code.name,
+        "duration_ms": round((time.perf_counter() - started_s) * 1e3, 3),
+        "peer": peer,
+    }
+    if reason:
+        fields["reason"] = reason
+    LOG.info("call", extra={FIELDS: fields})

@@ -1,0 +1,203 @@
+"""Runs services in one gRPC server: binding, health, reflection, draining."""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health
+from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from esper.plane.address import Address
+from esper.plane.v1 import plane_pb2_grpc
+from esper.services.serving import info
+from esper.services.serving.context import Service
+from esper.services.serving.context import ServiceContext
+from esper.services.serving.context import StartupError
+from esper.services.serving.interceptor import CallInterceptor
+from esper.services.serving.limits import MAX_MESSAGE_BYTES
+from esper.services.serving.limits import ServerLimits
+from esper.services.serving.listening import bind
+from esper.services.serving.listening import refuse_open_network
+
+LOG = logging.getLogger("esper.serving")
+NAMES = ("urza", "tezzeret", "tamiyo", "oona")
+"""The services, in the order in which they start. Each is loaded only where it is served."""
+
+PARENT_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What to serve and where.
+
+    Attributes:
+        names: Services to serve, a selection of `NAMES`.
+        address: Where to listen.
+        data_dir: Directory of the stores; created where missing.
+        urza: Address of another server's Urza; None means this server.
+        insecure: Whether plain text on an address that other machines reach is accepted.
+        exit_with_parent: Whether to stop once stdin ends or the parent process is gone.
+        limits: What the server takes on at a time.
+    """
+
+    names: tuple[str, ...]
+    address: Address
+    data_dir: Path
+    urza: str | None = None
+    insecure: bool = False
+    exit_with_parent: bool = False
+    limits: ServerLimits = ServerLimits()
+
+
+def select(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the services that `names` asks for, `all` standing for every one, in starting order.
+
+    Raises:
+        StartupError: For an unknown name or none at all.
+    """
+    for name in names:
+        if name not in (*NAMES, "all"):
+            raise StartupError(f"service {name!r} is unknown: choose among all, {', '.join(NAMES)}")
+    chosen = tuple(name for name in NAMES if name in names or "all" in names)
+    if not chosen:
+        raise StartupError(f"no service was named: choose among all, {', '.join(NAMES)}")
+    return chosen
+
+
+def make_data_dir(path: Path) -> None:
+    """Creates the directory of the stores, readable by its owner alone.
+
+    Raises:
+        StartupError: Where it cannot be made or written.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(f"cannot create data directory {path}: {error.strerror}") from error
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise StartupError(f"data directory {path} is not writable")
+
+
+def make_server(limits: ServerLimits) -> grpc.aio.Server:
+    """Returns a server without ports and services, with the options that every server has."""
+    return grpc.aio.server(
+        interceptors=[CallInterceptor(limits)],
+        options=[
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            # Two servers on one port would each get some of the calls; the second must fail
+            # instead.
+            ("grpc.so_reuseport", 0),
+            # Clients ping idle connections every 30 s; the default would answer too_many_pings.
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ],
+    )
+
+
+def create_services(names: Sequence[str], context: ServiceContext) -> list[Service]:
+    """Loads and creates the services."""
+    services: list[Service] = []
+    for name in names:
+        module = import_module(f"esper.services.{name}.service")
+        services.append(module.create(context))
+    return services
+
+
+async def serve(config: ServerConfig) -> None:
+    """Serves until SIGTERM, SIGINT or, where so configured, the end of the parent; then drains.
+
+    Prints one line to stdout when ready.
+
+    Raises:
+        StartupError: With a reason not to start.
+    """
+    refuse_open_network(config.address, config.insecure)
+    os.umask(0o077)  # sockets and stores are this user's alone
+    make_data_dir(config.data_dir)
+    stopping = asyncio.Event()
+    _stop_on_signals(stopping)
+    server = make_server(config.limits)
+    address = bind(server, config.address)
+    context = ServiceContext(config.data_dir, config.urza or str(address), stopping)
+    services: list[Service] = []
+    try:
+        services += create_services(config.names, context)
+        for service in services:
+            service.add_to(server)
+        health_servicer = _add_shell_services(server, services, config.data_dir)
+        await server.start()
+        if config.exit_with_parent:
+            watch = asyncio.create_task(_watch_parent(stopping))
+            watch.add_done_callback(_raise_failure)
+        await _set_serving(health_servicer, services)
+        print(f"esper plane ready: {' '.join(config.names)} on {address}", flush=True)
+        LOG.info("serving %s on %s from %s", ", ".join(config.names), address, config.data_dir)
+        await stopping.wait()
+        LOG.info("draining")
+        await health_servicer.enter_graceful_shutdown()
+    finally:
+        await server.stop(config.limits.drain_grace_s)
+        for service in reversed(services):
+            await service.close()
+        if address.socket is not None:
+            address.socket.unlink(missing_ok=True)
+    LOG.info("stopped")
+
+
+def _stop_on_signals(stopping: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+
+
+def _add_shell_services(
+    server: grpc.aio.Server, services: Sequence[Service], data_dir: Path
+) -> health.aio.HealthServicer:
+    names = (info.FULL_NAME, *(name for service in services for name in service.full_names))
+    plane_pb2_grpc.add_PlaneServiceServicer_to_server(info.PlaneServicer(names, data_dir), server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection(
+        (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    return health_servicer
+
+
+async def _set_serving(servicer: health.aio.HealthServicer, services: Sequence[Service]) -> None:
+    for name in ("", info.FULL_NAME, *(n for service in services for n in service.full_names)):
+        await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+
+async def _watch_parent(stopping: asyncio.Event) -> None:
+    """Sets `stopping` once the parent is gone.
+
+    The end of stdin tells at once, but not where another child of the parent holds the pipe open; a
+    changed parent id tells in every case, but only when looked at. PR_SET_PDEATHSIG would fire when
+    the thread ends that started this process, which need not be the end of the parent.
+    """
+    parent = os.getppid()
+    loop = asyncio.get_running_loop()
+
+    def read_stdin() -> None:
+        if not os.read(0, 4096):
+            loop.remove_reader(0)
+            stopping.set()
+
+    loop.add_reader(0, read_stdin)
+    while os.getppid() == parent and not stopping.is_set():
+        await asyncio.sleep(PARENT_POLL_S)
+    stopping.set()
+
+
+def _raise_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        raise AssertionError("the watch on the parent failed") from task.exception()

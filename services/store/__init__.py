@@ -1,0 +1,1 @@
+"""The storage engine that Urza and Oona share."""

@@ -1,0 +1,90 @@
+"""Makes retries harmless: remembers what a request id was answered with."""
+
+import hashlib
+
+from google.protobuf.message import Message
+
+from esper.services.serving.errors import FieldViolation
+from esper.services.serving.errors import invalid
+from esper.services.store.engine import Row
+from esper.services.store.engine import Store
+
+MAX_REQUEST_ID_CHARS = 64
+_COUNTER_BYTES = 8
+_DIGEST_BYTES = 32
+_ORDER_PREFIX = b"o"
+_ANSWER_PREFIX = b"a"
+
+
+def check_request_id(request_id: str) -> list[FieldViolation]:
+    """Returns what is wrong with a request id; an empty one is none."""
+    legal = request_id.isascii() and request_id.isprintable() and " " not in request_id
+    if len(request_id) <= MAX_REQUEST_ID_CHARS and legal:
+        return []
+    rule = f"must be at most {MAX_REQUEST_ID_CHARS} printable ASCII characters without spaces"
+    return [FieldViolation("request_id", request_id, rule)]
+
+
+def fingerprint(scope: str, request: Message) -> bytes:
+    """Returns 32 bytes that tell whether two requests ask for the same thing.
+
+    Args:
+        scope: Name of the method.
+        request: The request; its request_id may stay in.
+    """
+    content = request.SerializeToString(deterministic=True)
+    return hashlib.sha256(scope.encode() + b"\0" + content).digest()
+
+
+class RequestTable:
+    """Answers by request id, the latest `capacity` of them.
+
+    Bounded by number, not by time, so that a clock that jumps forgets nothing.
+
+    Args:
+        store: Where it lives.
+        table: Name of its table in the store.
+        capacity: Number of answers kept.
+    """
+
+    def __init__(self, store: Store, table: str, capacity: int) -> None:
+        self._table = store.table(table)
+        self._capacity = capacity
+
+    def recall(self, row: Row, scope: str, request_id: str, asked: bytes) -> bytes | None:
+        """Returns the answer given to this request before; None if it is new.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT where the id belongs to a different request.
+        """
+        if not request_id:
+            return None
+        found = row.get(self._key(scope, request_id), db=self._table)
+        if found is None:
+            return None
+        if found[:_DIGEST_BYTES] != asked:
+            raise invalid("request_id", request_id, "has been used for a different request")
+        return found[_DIGEST_BYTES:]
+
+    def remember(self, row: Row, scope: str, request_id: str, asked: bytes, answer: bytes) -> None:
+        """Keeps an answer, in the transaction that did the work; forgets the oldest if need be."""
+        if not request_id:
+            return
+        key = self._key(scope, request_id)
+        row.put(key, asked + answer, db=self._table)
+        cursor = row.cursor(db=self._table)
+        newest = 0
+        if cursor.last() and cursor.key().startswith(_ORDER_PREFIX):
+            newest = int.from_bytes(cursor.key()[1:], "big") + 1
+        row.put(_ORDER_PREFIX + newest.to_bytes(_COUNTER_BYTES, "big"), key, db=self._table)
+        # Each answer has two rows: itself and its place in the order.
+        while row.stat(self._table)["entries"] > 2 * self._capacity:
+            cursor = row.cursor(db=self._table)
+            cursor.set_range(_ORDER_PREFIX)
+            place, oldest = cursor.item()
+            row.delete(place, db=self._table)
+            row.delete(oldest, db=self._table)
+
+    @staticmethod
+    def _key(scope: str, request_id: str) -> bytes:
+        return _ANSWER_PREFIX + hashlib.sha256(f"{scope}\0{request_id}".encode()).digest()

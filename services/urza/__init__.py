@@ -1,0 +1,1 @@
+"""Urza: the library of blobs, blueprints and kernels."""

@@ -1,0 +1,257 @@
+"""Urza's gRPC face: thin adapters over the blobs and the library."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+
+from esper.services.serving.context import ServiceContext
+from esper.services.serving.errors import invalid
+from esper.services.serving.errors import require
+from esper.services.serving.errors import unimplemented
+from esper.services.store.engine import Store
+from esper.services.urza import library as rows
+from esper.services.urza import validate
+from esper.services.urza.blobs import TABLE as BLOB_TABLE
+from esper.services.urza.blobs import BlobStore
+from esper.services.urza.library import Library
+from esper.services.urza.names import check_digest
+from esper.services.urza.resources import digest_of_blueprint
+from esper.services.urza.resources import digest_of_kernel
+from esper.urza.v1 import blob_pb2
+from esper.urza.v1 import blob_pb2_grpc
+from esper.urza.v1 import library_pb2
+from esper.urza.v1 import library_pb2_grpc
+from esper.urza.v1 import run_pb2
+from esper.urza.v1 import run_pb2_grpc
+
+SCHEMA_VERSION = 1
+
+# The methods are documented in proto/esper/urza/v1.
+# ruff: noqa: D102, N802
+
+
+class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
+    """Serves `esper.urza.v1.BlobService`."""
+
+    def __init__(self, blobs: BlobStore) -> None:
+        self._blobs = blobs
+
+    async def WriteBlob(
+        self,
+        request_iterator: AsyncIterator[blob_pb2.WriteBlobRequest],
+        context: grpc.aio.ServicerContext,
+    ) -> blob_pb2.WriteBlobResponse:
+        first = await anext(aiter(request_iterator), None)
+        if first is None:
+            raise invalid("digest", None, "is required in the first message")
+        require(validate.begin_write(first))
+        digest = first.digest
+        upload = await asyncio.to_thread(self._blobs.begin, digest, first.write_offset)
+        if upload is None:
+            return blob_pb2.WriteBlobResponse(committed_size=digest.size_bytes)
+        finished = False
+        try:
+            await asyncio.to_thread(upload.write, first.write_offset, first.data)
+            while not upload.complete:
+                request = await anext(aiter(request_iterator), None)
+                if request is None:
+                    break
+                if self._blobs.contains(digest):  # another writer was faster
+                    finished = True
+                    await asyncio.to_thread(upload.drop)
+                    return blob_pb2.WriteBlobResponse(committed_size=digest.size_bytes)
+                await asyncio.to_thread(upload.write, request.write_offset, request.data)
+            if upload.complete:
+                durable = await asyncio.to_thread(upload.finish)
+                finished = True
+                await asyncio.wrap_future(durable)
+                return blob_pb2.WriteBlobResponse(committed_size=digest.size_bytes)
+        finally:
+            if not finished:
+                held = await asyncio.to_thread(upload.interrupt)
+        return blob_pb2.WriteBlobResponse(committed_size=held)
+
+    async def ReadBlob(
+        self, request: blob_pb2.ReadBlobRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[blob_pb2.ReadBlobResponse]:
+        require(validate.read_blob(request))
+        chunks = self._blobs.read(request.digest, request.read_offset, request.read_limit)
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield blob_pb2.ReadBlobResponse(data=chunk)
+
+    async def FindMissingBlobs(
+        self, request: blob_pb2.FindMissingBlobsRequest, context: grpc.aio.ServicerContext
+    ) -> blob_pb2.FindMissingBlobsResponse:
+        require(validate.find_missing(request))
+        missing = await asyncio.to_thread(self._blobs.missing, request.digests)
+        return blob_pb2.FindMissingBlobsResponse(missing=missing)
+
+    async def QueryWrite(
+        self, request: blob_pb2.QueryWriteRequest, context: grpc.aio.ServicerContext
+    ) -> blob_pb2.QueryWriteResponse:
+        require(check_digest("digest", request.digest))
+        committed, complete = self._blobs.committed(request.digest)
+        return blob_pb2.QueryWriteResponse(committed_size=committed, complete=complete)
+
+
+class LibraryServicer(library_pb2_grpc.LibraryServiceServicer):
+    """Serves `esper.urza.v1.LibraryService`."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    async def CreateBlueprint(
+        self, request: library_pb2.CreateBlueprintRequest, context: grpc.aio.ServicerContext
+    ) -> library_pb2.CreateBlueprintResponse:
+        require(validate.create_blueprint(request))
+        digest = await asyncio.to_thread(digest_of_blueprint, request.blueprint)
+        return await asyncio.wrap_future(self._library.create_blueprint(request, digest))
+
+    async def GetBlueprint(
+        self, request: library_pb2.GetBlueprintRequest, context: grpc.aio.ServicerContext
+    ) -> library_pb2.GetBlueprintResponse:
+        record = self._library.get_blueprint(request.name)
+        return library_pb2.GetBlueprintResponse(blueprint=record)
+
+    async def ListBlueprints(
+        self, request: library_pb2.ListBlueprintsRequest, context: grpc.aio.ServicerContext
+    ) -> library_pb2.ListBlueprintsResponse:
+        require(validate.list_blueprints(request))
+        return await asyncio.to_thread(self._library.list_blueprints, request)
+
+    async def ArchiveBlueprint(
+        self, request: library_pb2.ArchiveBlueprintRequest, context: grpc.aio.ServicerContext
+    ) -> library_pb2.ArchiveBlueprintResponse:
+        require(validate.archive(request.name, request.request_id, "blueprints"))
+        return await asyncio.wrap_future(self._library.archive_blueprint(request))
+
+    async def UpdateBlueprintState(
+        self, request: library_pb2.UpdateBlueprintStateRequest, context: grpc.aio.ServicerContext
+    ) -> library_pb2.UpdateBlueprintStateResponse:
+        require(validate.update_blueprint_state(request))
+        return await asyncio.wrap_future(self._library.update_blueprint_state(request))
+
+    async def CreateKernel(
+        self, request: library_pb2.CreateKernelRequest, context: grpc.aio.ServicerContext
+    ) -> library_pb2.CreateKernelResponse:
+        require(validate.create_kernel(request))
+        digest = await asyncio.to_thread(digest_of_kernel, request.kernel)
+        return await asyncio.wrap_future(self._library.create_kernel(request, digest))
+
+    async def GetKernel(
+        self, request: library_pb2.GetKernelRequest, context: grpc.aio.ServicerContext
+    ) -> library_pb2.GetKernelResponse:
+        return library_pb2.GetKernelResponse(kernel=self._library.get_kernel(request.name))
+
+    async def ListKernels(
+        self, request: library_pb2.ListKernelsRequest, context: grpc.aio.ServicerContext
+    ) -> library_pb2.ListKernelsResponse:
+        require(validate.list_kernels(request))
+        return await asyncio.to_thread(self._library.list_kernels, request)
+
+    async def ArchiveKernel(
+        self, request: library_pb2.ArchiveKernelRequest, context: grpc.aio.ServicerContext
+    ) -> library_pb2.ArchiveKernelResponse:
+        require(validate.archive(request.name, request.request_id, "kernels"))
+        return await asyncio.wrap_future(self._library.archive_kernel(request))
+
+    async def UpdateKernelState(
+        self, request: library_pb2.UpdateKernelStateRequest, context: grpc.aio.ServicerContext
+    ) -> library_pb2.UpdateKernelStateResponse:
+        require(validate.update_kernel_state(request))
+        return await asyncio.wrap_future(self._library.update_kernel_state(request))
+
+    async def RecordFieldReport(
+        self, request: library_pb2.RecordFieldReportRequest, context: grpc.aio.ServicerContext
+    ) -> library_pb2.RecordFieldReportResponse:
+        require(validate.record_field_report(request))
+        return await asyncio.wrap_future(self._library.record_field_report(request))
+
+    async def ListFieldReports(
+        self, request: library_pb2.ListFieldReportsRequest, context: grpc.aio.ServicerContext
+    ) -> library_pb2.ListFieldReportsResponse:
+        require(validate.list_field_reports(request))
+        return await asyncio.to_thread(self._library.list_field_reports, request)
+
+    async def GetLineage(
+        self, request: library_pb2.GetLineageRequest, context: grpc.aio.ServicerContext
+    ) -> library_pb2.GetLineageResponse:
+        raise unimplemented("esper.urza.v1.LibraryService/GetLineage")
+
+    def Watch(
+        self, request: library_pb2.WatchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[library_pb2.WatchResponse]:
+        raise unimplemented("esper.urza.v1.LibraryService/Watch")
+
+
+class RunServicer(run_pb2_grpc.RunServiceServicer):
+    """Declares `esper.urza.v1.RunService`, which this release does not serve."""
+
+    async def CreateRun(
+        self, request: run_pb2.CreateRunRequest, context: grpc.aio.ServicerContext
+    ) -> run_pb2.CreateRunResponse:
+        raise unimplemented("esper.urza.v1.RunService/CreateRun")
+
+    async def AppendRunEvents(
+        self,
+        request_iterator: AsyncIterator[run_pb2.AppendRunEventsRequest],
+        context: grpc.aio.ServicerContext,
+    ) -> run_pb2.AppendRunEventsResponse:
+        raise unimplemented("esper.urza.v1.RunService/AppendRunEvents")
+
+    async def GetRun(
+        self, request: run_pb2.GetRunRequest, context: grpc.aio.ServicerContext
+    ) -> run_pb2.GetRunResponse:
+        raise unimplemented("esper.urza.v1.RunService/GetRun")
+
+    async def ListRuns(
+        self, request: run_pb2.ListRunsRequest, context: grpc.aio.ServicerContext
+    ) -> run_pb2.ListRunsResponse:
+        raise unimplemented("esper.urza.v1.RunService/ListRuns")
+
+    def WatchRun(
+        self, request: run_pb2.WatchRunRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[run_pb2.WatchRunResponse]:
+        raise unimplemented("esper.urza.v1.RunService/WatchRun")
+
+    async def VerifyRun(
+        self, request: run_pb2.VerifyRunRequest, context: grpc.aio.ServicerContext
+    ) -> run_pb2.VerifyRunResponse:
+        raise unimplemented("esper.urza.v1.RunService/VerifyRun")
+
+
+class UrzaService:
+    """Urza as a service of the shell; its store is `urza` in the data directory.
+
+    Raises:
+        StartupError: Where the directory cannot be used.
+    """
+
+    full_names = (
+        "esper.urza.v1.BlobService",
+        "esper.urza.v1.LibraryService",
+        "esper.urza.v1.RunService",
+    )
+
+    def __init__(self, context: ServiceContext) -> None:
+        directory = context.data_dir / "urza"
+        self._store = Store(directory, (BLOB_TABLE, *rows.TABLES), SCHEMA_VERSION)
+        blobs = BlobStore(self._store, directory / "blobs")
+        self._blob_servicer = BlobServicer(blobs)
+        self._library_servicer = LibraryServicer(Library(self._store, blobs))
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers the servicers."""
+        blob_pb2_grpc.add_BlobServiceServicer_to_server(self._blob_servicer, server)
+        library_pb2_grpc.add_LibraryServiceServicer_to_server(self._library_servicer, server)
+        run_pb2_grpc.add_RunServiceServicer_to_server(RunServicer(), server)
+
+    async def close(self) -> None:
+        """Closes the store after its last write."""
+        await asyncio.to_thread(self._store.close)
+
+
+def create(context: ServiceContext) -> UrzaService:
+    """Returns the service."""
+    return UrzaService(context)
