@@ -121,7 +121,6 @@ class EsperConfig:
         telemetry_interval: Every how many training forwards telemetry is sampled.
         lockstep_timeout_s: Longest wait for the plane in ``lockstep`` mode, in seconds; a plane
             that is slower counts as dead.
-        seed: Seed of Esper's private random generators; the global ones are never drawn from.
     """
 
     candidates: tuple[Candidate, ...] = (
@@ -133,7 +132,6 @@ class EsperConfig:
     significance: float = 0.05
     telemetry_interval: int = 8
     lockstep_timeout_s: float = 120.0
-    seed: int = 0
 
     def __post_init__(self) -> None:
         _require(

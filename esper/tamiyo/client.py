@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import grpc
 
+from esper.common.rpc import CALL_TIMEOUT_S
+from esper.common.rpc import readable_errors
 from esper.tamiyo.v1 import controller_pb2
 from esper.tamiyo.v1 import controller_pb2_grpc
 
@@ -29,18 +31,22 @@ class TamiyoClient:
                 them.
 
         Raises:
-            grpc.RpcError: If the stream breaks.
+            RpcError: If the stream breaks.
         """
         requests = (
             controller_pb2.AdviseRequest(observation=observation) for observation in observations
         )
-        yield from self._stub.Advise(requests)
+        with readable_errors():
+            yield from self._stub.Advise(requests)
 
-    def list_policies(self, *, timeout_s: float = 5.0) -> list[controller_pb2.Policy]:
+    def list_policies(self, timeout_s: float = CALL_TIMEOUT_S) -> list[controller_pb2.Policy]:
         """Returns the policies that the server can run.
 
         Raises:
-            grpc.RpcError: If the call fails.
+            RpcError: If the call fails.
         """
-        response = self._stub.ListPolicies(controller_pb2.ListPoliciesRequest(), timeout=timeout_s)
+        with readable_errors():
+            response = self._stub.ListPolicies(
+                controller_pb2.ListPoliciesRequest(), timeout=timeout_s
+            )
         return list(response.policies)

@@ -10,10 +10,10 @@ import grpc
 from esper.common.v1 import kernel_pb2
 from esper.plane import Plane
 from esper.plane import connect
+from esper.services.serving.context import ServiceContext
 from esper.services.serving.errors import invalid
 from esper.services.serving.errors import not_found
 from esper.services.serving.errors import unimplemented
-from esper.services.serving.context import ServiceContext
 from esper.services.tamiyo.heuristic import Heuristic
 from esper.services.tamiyo.heuristic import RunState
 from esper.tamiyo.v1 import controller_pb2

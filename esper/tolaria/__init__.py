@@ -1,0 +1,21 @@
+"""Tolaria: the training side of Esper, and the client of all services."""
+
+from esper.tolaria.evaluation import SampleLoss
+from esper.tolaria.evaluation import Trial
+from esper.tolaria.history import EpochRecord
+from esper.tolaria.history import History
+from esper.tolaria.history import LifecycleEvent
+from esper.tolaria.session import Session
+from esper.tolaria.session import session
+from esper.tolaria.trainer import Trainer
+
+__all__ = [
+    "EpochRecord",
+    "History",
+    "LifecycleEvent",
+    "SampleLoss",
+    "Session",
+    "Trainer",
+    "Trial",
+    "session",
+]

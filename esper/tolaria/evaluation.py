@@ -1,0 +1,152 @@
+"""Held-out evaluation: per-sample losses and the paired accept test.
+
+A graft is kept only if held-out data says that the model is better with it than without it. Both
+losses come from the same model, the same samples and the same moment; only the seed's alpha
+differs. The samples are paired, so the variance between samples cancels.
+"""
+
+import math
+from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import nn
+
+Batch = object
+SampleLoss = Callable[[nn.Module, Batch], Tensor]
+"""Maps (model, batch) to the losses of the batch's samples, shape [samples]."""
+
+
+def sample_losses(model: nn.Module, batches: Iterable[Batch], loss: SampleLoss) -> Tensor:
+    """Returns the loss of every held-out sample, without a trace in the model.
+
+    Runs in eval mode without gradients; training mode and the global random state (which a
+    DataLoader draws from even when it does not shuffle) are restored.
+
+    Args:
+        model: Any module that ``loss`` can call.
+        batches: Held-out batches; iterated once.
+        loss: Per-sample loss.
+
+    Returns:
+        Losses in the order of the samples, float64, shape [samples].
+
+    Raises:
+        ValueError: If ``loss`` does not return one loss per sample, or there is no sample.
+    """
+    modes = {module: module.training for module in model.modules()}
+    losses: list[Tensor] = []
+    with torch.random.fork_rng(), torch.no_grad():
+        model.eval()
+        try:
+            for batch in batches:
+                values = loss(model, batch)
+                if values.dim() != 1:
+                    raise ValueError(
+                        f"loss returned shape {tuple(values.shape)}, but it must return one loss "
+                        "per sample, shape [samples] (use reduction='none')"
+                    )
+                losses.append(values.double().cpu())
+        finally:
+            for module, training in modes.items():
+                module.training = training
+    if not losses or sum(len(values) for values in losses) == 0:
+        raise ValueError("held_out has 0 samples, but the accept test needs at least 2")
+    return torch.cat(losses)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Outcome of one held-out accept test.
+
+    Attributes:
+        accepted: Whether the seed is kept.
+        gain: Mean loss without the seed minus mean loss with it.
+        low: Lower end of the gain's 95 percent confidence interval.
+        high: Upper end of it.
+        p_value: One-sided p value of the paired t test that the gain exceeds the price.
+        level: Level that the p value was compared with.
+        price: Loss that the seed's cost had to buy.
+        num_samples: Number of held-out samples.
+    """
+
+    accepted: bool
+    gain: float
+    low: float
+    high: float
+    p_value: float
+    level: float
+    price: float
+    num_samples: int
+
+    def describe(self) -> str:
+        """Returns the verdict as a sentence."""
+        verdict = "kept" if self.accepted else "refused"
+        return (
+            f"{verdict}: held-out gain {self.gain:+.4f} [{self.low:+.4f}, {self.high:+.4f}] on "
+            f"{self.num_samples} samples, p {self.p_value:.2g} against level {self.level:.2g}"
+        )
+
+
+def trial_level(significance: float, trial_number: int) -> float:
+    """Returns the level of the k-th trial of a run, so that all levels add up to ``significance``.
+
+    One held-out set serves all trials of a run. The levels fall as 1/k^2 (a Bonferroni
+    correction over an endless sequence: the sum of 6 / (pi k)^2 is 1), so the chance of keeping
+    even one useless seed stays below ``significance``, however many trials there are.
+
+    Args:
+        significance: Level over the whole run, above 0 and below 1.
+        trial_number: k, from 1.
+    """
+    return significance * 6.0 / (math.pi * trial_number) ** 2
+
+
+def paired_trial(
+    with_seed: Tensor, without_seed: Tensor, *, level: float, price: float = 0.0
+) -> Trial:
+    """Tests whether a seed lowers the held-out loss by more than its price.
+
+    Args:
+        with_seed: Losses with the seed at work, shape [samples].
+        without_seed: Losses of the same samples with the seed's alpha at 0, shape [samples].
+        level: Level of the one-sided paired t test.
+        price: Loss that the seed must save to pay for its cost.
+
+    Returns:
+        The outcome. A trial with a non-finite loss, or without any difference between the two,
+        is refused: what is not measured is not healthy.
+
+    Raises:
+        ValueError: If the shapes differ or there are fewer than 2 samples.
+    """
+    from scipy import stats  # imported late: it takes longer than a small training run
+
+    num_samples = len(with_seed)
+    if with_seed.shape != without_seed.shape or with_seed.dim() != 1:
+        raise ValueError(
+            f"with_seed has shape {tuple(with_seed.shape)} and without_seed "
+            f"{tuple(without_seed.shape)}, but both must be [samples]"
+        )
+    if num_samples < 2:
+        raise ValueError(f"num_samples is {num_samples}, but a paired test needs at least 2")
+    saved = without_seed.double() - with_seed.double()
+    gain = float(saved.mean())
+    if not bool(torch.isfinite(saved).all()) or bool((saved == saved[0]).all()):
+        return Trial(False, gain, gain, gain, 1.0, level, price, num_samples)
+    error = float(saved.std(correction=1)) / math.sqrt(num_samples)
+    freedom = num_samples - 1
+    half_width = float(stats.t.ppf(0.975, freedom)) * error
+    p_value = float(stats.t.sf((gain - price) / error, freedom))
+    return Trial(
+        p_value < level,
+        gain,
+        gain - half_width,
+        gain + half_width,
+        p_value,
+        level,
+        price,
+        num_samples,
+    )

@@ -1,0 +1,98 @@
+"""What happened in a run: lifecycle events and one record per epoch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+
+from esper.oona.v1 import event_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LifecycleEvent:
+    """One move of one seed.
+
+    Attributes:
+        epoch: Epoch in which it happened, from 0.
+        step: Optimizer steps taken before it.
+        slot: Name of the slot.
+        seed: Index of the seed in the slot.
+        before: Name of the state before.
+        after: Name of the state after.
+        kernel: Digest of the kernel concerned; empty for none.
+        reason: Why, in a sentence.
+    """
+
+    epoch: int
+    step: int
+    slot: str
+    seed: int
+    before: str
+    after: str
+    kernel: str
+    reason: str
+
+    def to_json(self) -> dict[str, int | str]:
+        """Returns the event as it stands in report.json and growth_history.jsonl."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "slot": self.slot,
+            "seed": self.seed,
+            "from": self.before,
+            "to": self.after,
+            "kernel": self.kernel,
+            "reason": self.reason,
+        }
+
+    def to_proto(self, run: str) -> event_pb2.LifecycleEvent:
+        """Returns the event as it is published."""
+        event = event_pb2.LifecycleEvent(
+            run=run,
+            epoch=self.epoch,
+            step=self.step,
+            slot=self.slot,
+            seed=self.seed,
+            to=self.after,
+            kernel=self.kernel,
+            reason=self.reason,
+        )
+        setattr(event, "from", self.before)  # a keyword of Python, a field of the contract
+        return event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochRecord:
+    """One epoch.
+
+    Attributes:
+        epoch: The epoch, from 0.
+        step: Optimizer steps taken by its end.
+        train_loss: Mean training loss; ``None`` if the user did not tell.
+        held_out_loss: Mean held-out loss at its end, after the verdicts.
+        parameters: Trainable elements of the model at its end.
+        flops: Floating-point operations spent by its end, trials and probes included.
+        alphas: Alpha of every seed that holds a kernel, by (slot, seed).
+    """
+
+    epoch: int
+    step: int
+    train_loss: float | None
+    held_out_loss: float
+    parameters: int
+    flops: int
+    alphas: Mapping[tuple[str, int], float]
+
+
+@dataclass(slots=True)
+class History:
+    """The record of a run.
+
+    Attributes:
+        events: Lifecycle events in order.
+        epochs: One record per epoch.
+        refusals: Decisions that were not carried out, with the reason.
+    """
+
+    events: list[LifecycleEvent] = field(default_factory=list)
+    epochs: list[EpochRecord] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)

@@ -1,0 +1,242 @@
+"""The background thread that talks to the plane, so that training never waits for it.
+
+One thread owns the channel. The training thread posts work (observations, events, reports) and
+takes what has arrived. Any failure of the plane ends the link with one warning; the run goes on
+without new growth.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from google.protobuf.message import Message
+from torch import Tensor
+
+from esper import blueprints
+from esper.blueprints.digest import kernel_digest
+from esper.blueprints.init import weights_from_bytes
+from esper.common.rpc import RpcError
+from esper.common.v1 import blueprint_pb2
+from esper.common.v1 import kernel_pb2
+from esper.config import Candidate
+from esper.plane import EmbeddedPlane
+from esper.plane import Plane
+from esper.plane import PlaneError
+from esper.plane import connect
+from esper.tamiyo.v1 import controller_pb2
+from esper.tezzeret.client import CompileError
+from esper.urza.v1 import library_pb2
+
+_log = logging.getLogger("esper")
+
+Address = str | Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A decision with everything that is needed to apply it.
+
+    Attributes:
+        decision: What Tamiyo asks for.
+        kernel: The kernel of a GERMINATE decision, its digest verified; otherwise ``None``.
+        weights: The kernel's weights, where it carries any.
+    """
+
+    decision: controller_pb2.Decision
+    kernel: kernel_pb2.Kernel | None = None
+    weights: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One thing for the link's thread to do; only what outlives the run is done at its end."""
+
+    run: Callable[[Plane], None]
+    outlives_run: bool
+
+
+class PlaneLink:
+    """Connection of one session to the plane.
+
+    Args:
+        plane: Address of a plane (or one per service), or ``None`` to start an embedded one.
+        candidates: Blueprints for which kernels are compiled.
+    """
+
+    def __init__(self, plane: Address | None, candidates: Sequence[Candidate]) -> None:
+        self._address = plane
+        self._candidates = tuple(candidates)
+        self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._closing = False
+        self._observations: queue.SimpleQueue[controller_pb2.Observation | None] = (
+            queue.SimpleQueue()
+        )
+        self._responses: Iterator[controller_pb2.AdviseResponse] | None = None
+        self._compiled: set[bytes] = set()
+        self._deployed: set[str] = set()
+        self._arrived = threading.Condition()
+        self._advice: list[Advice] = []
+        self._answered_epoch = -1
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="esper-plane-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the plane is gone, or ``None`` while it is there."""
+        return self._failure
+
+    def compile(self, signatures: Sequence[kernel_pb2.KernelSignature]) -> None:
+        """Asks Tezzeret for a kernel of every candidate for every place not yet served."""
+        wanted = [
+            signature
+            for signature in signatures
+            if signature.SerializeToString(deterministic=True) not in self._compiled
+        ]
+        self._compiled.update(s.SerializeToString(deterministic=True) for s in wanted)
+        for signature in wanted:
+            for candidate in self._candidates:
+                self._post(_compile_candidate(candidate, signature))
+
+    def observe(self, observation: controller_pb2.Observation) -> None:
+        """Sends an observation; the advice arrives later."""
+        self._post(lambda plane: self._advise(plane, observation))
+
+    def publish(self, topic: str, message: Message, key: str) -> None:
+        """Appends an event to a topic of Oona."""
+
+        def publish(plane: Plane) -> None:
+            plane.oona.publish(topic, message, key=key)
+
+        self._post(publish, outlives_run=True)
+
+    def report(self, report: library_pb2.FieldReport) -> None:
+        """Tells Urza what became of a kernel."""
+
+        def record(plane: Plane) -> None:
+            plane.urza.record_field_report(report)
+
+        self._post(record, outlives_run=True)
+
+    def deployed(self, kernel_name: str) -> None:
+        """Tells Urza that a kernel is at work in a model."""
+
+        def deploy(plane: Plane) -> None:
+            record = plane.urza.get_kernel(kernel_name)
+            if record.state == library_pb2.KERNEL_STATE_VALIDATED:
+                plane.urza.update_kernel_state(kernel_name, library_pb2.KERNEL_STATE_DEPLOYED)
+
+        if kernel_name not in self._deployed:
+            self._deployed.add(kernel_name)
+            self._post(deploy, outlives_run=True)
+
+    def take(self) -> list[Advice]:
+        """Returns the advice that has arrived since the last call; never waits."""
+        with self._arrived:
+            advice, self._advice = self._advice, []
+            return advice
+
+    def wait(self, epoch: int, timeout_s: float) -> list[Advice]:
+        """Waits until the observation of ``epoch`` is answered, then returns all advice.
+
+        A plane that is slower than ``timeout_s`` counts as dead.
+        """
+        with self._arrived:
+            answered = self._arrived.wait_for(
+                lambda: self._answered_epoch >= epoch or self._failure is not None, timeout_s
+            )
+        if not answered:
+            self._fail(f"it did not answer within {timeout_s:g} s")
+        return self.take()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Sends the events and reports that are left and ends the thread (and embedded plane)."""
+        self._closing = True
+        self._work.put(None)
+        self._thread.join(timeout_s)
+
+    def _post(self, run: Callable[[Plane], None], *, outlives_run: bool = False) -> None:
+        if self._failure is None:
+            self._work.put(_Work(run, outlives_run))
+
+    def _fail(self, why: str) -> None:
+        with self._arrived:
+            if self._failure is None:
+                self._failure = why
+                _log.warning(
+                    "esper: the plane is gone (%s); training goes on without new growth", why
+                )
+            self._arrived.notify_all()
+
+    def _run(self) -> None:
+        try:
+            if self._address is None:
+                with EmbeddedPlane() as embedded, connect(embedded.address) as plane:
+                    self._serve(plane)
+            else:
+                with connect(self._address) as plane:
+                    self._serve(plane)
+        except (PlaneError, RpcError) as error:
+            self._fail(str(error))
+
+    def _serve(self, plane: Plane) -> None:
+        try:
+            while (work := self._work.get()) is not None and self._failure is None:
+                if not self._closing or work.outlives_run:
+                    work.run(plane)
+        finally:
+            self._observations.put(None)
+
+    def _advise(self, plane: Plane, observation: controller_pb2.Observation) -> None:
+        if self._responses is None:
+            self._responses = plane.tamiyo.advise(iter(self._observations.get, None))
+        self._observations.put(observation)
+        response = next(self._responses, None)
+        if response is None:
+            raise PlaneError("it ended the stream of advice")
+        advice = [self._complete(plane, decision) for decision in response.decisions]
+        with self._arrived:
+            self._advice.extend(advice)
+            self._answered_epoch = response.epoch
+            self._arrived.notify_all()
+
+    def _complete(self, plane: Plane, decision: controller_pb2.Decision) -> Advice:
+        if decision.action != controller_pb2.ACTION_GERMINATE:
+            return Advice(decision)
+        kernel = plane.urza.get_kernel(decision.kernel).kernel
+        digest = kernel_digest(kernel)
+        if decision.kernel != f"kernels/{digest}":
+            raise PlaneError(f"it served kernels/{digest} as {decision.kernel}")
+        weights = None
+        if kernel.HasField("weights"):
+            weights = weights_from_bytes(plane.urza.read_blob(kernel.weights), kernel)
+        return Advice(decision, kernel, weights)
+
+
+def _compile_candidate(
+    candidate: Candidate, signature: kernel_pb2.KernelSignature
+) -> Callable[[Plane], None]:
+    """Returns the work of compiling a candidate in all its ranks for one place."""
+
+    def compile_ranks(plane: Plane) -> None:
+        for rank in candidate.ranks:
+            blueprint = blueprints.get(
+                candidate.blueprint, rank=rank, **dict(candidate.hyperparameters)
+            )
+            if _source(blueprint) != signature.source:
+                return
+            try:
+                plane.tezzeret.compile(blueprint, signature)
+            except CompileError as error:
+                _log.warning("esper: %s of rank %d: %s", candidate.blueprint, rank, error)
+
+    return compile_ranks
+
+
+def _source(blueprint: blueprint_pb2.Blueprint) -> blueprint_pb2.SeedSource:
+    return blueprint.graph.inputs[0].source

@@ -1,0 +1,112 @@
+"""Newborn optimizers: train a seed's parameters without touching the user's optimizer.
+
+A newborn's parameters live in an optimizer of their own, of the user's own class, with their own
+step count: Adam moments padded with zeros under the host's step count would shrink their updates.
+Its learning rate follows the host's parameter group, schedulers included. At fossilisation the
+parameters join the user's group together with their state; adding a *group* after a scheduler was
+made breaks most schedulers of torch, extending an existing group breaks none.
+"""
+
+import inspect
+from collections.abc import Iterable
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import LBFGS
+from torch.optim import Optimizer
+
+
+def host_group_index(optimizer: Optimizer, host_parameters: Iterable[nn.Parameter]) -> int:
+    """Returns the index of the user's group that holds the first of the host's parameters.
+
+    Args:
+        optimizer: The user's optimizer.
+        host_parameters: Parameters of the module that the slot sits on; may be empty.
+
+    Returns:
+        The group's index; 0 where no group holds any of them (a frozen host).
+    """
+    wanted = {id(parameter) for parameter in host_parameters}
+    for index, group in enumerate(optimizer.param_groups):
+        if any(id(parameter) in wanted for parameter in group["params"]):
+            return index
+    return 0
+
+
+def check_supported(optimizer: Optimizer) -> None:
+    """Refuses an optimizer that newborns cannot be trained beside.
+
+    Raises:
+        ValueError: For LBFGS, which re-evaluates the whole model inside one step.
+    """
+    if isinstance(optimizer, LBFGS):
+        raise ValueError(
+            "optimizer is LBFGS, but a growing model needs an optimizer with one update per "
+            "step; use any other torch.optim optimizer"
+        )
+
+
+class NewbornOptimizer:
+    """Optimizer of one seed between germination and fossilisation.
+
+    Args:
+        parameters: The seed's parameters; at least one.
+        optimizer: The user's optimizer, whose class and options are copied.
+        group_index: Index of the user's group to follow.
+        learning_rate_scale: Newborn learning rate over the group's present one.
+        warmup_steps: Steps over which the learning rate rises linearly to its full value.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        optimizer: Optimizer,
+        group_index: int,
+        *,
+        learning_rate_scale: float = 1.0,
+        warmup_steps: int = 0,
+    ) -> None:
+        self._user_optimizer = optimizer
+        self._group_index = group_index
+        self._learning_rate_scale = learning_rate_scale
+        self._warmup_steps = warmup_steps
+        self._num_steps = 0
+        self._parameters = list(parameters)
+        self._optimizer = self._twin()
+
+    def _twin(self) -> Optimizer:
+        kind = type(self._user_optimizer)
+        accepted = inspect.signature(kind.__init__).parameters
+        group = self._user_optimizer.param_groups[self._group_index]
+        options = {name: value for name, value in group.items() if name in accepted}
+        options.pop("params", None)
+        return kind(self._parameters, **options)
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate that the next step will use."""
+        group = self._user_optimizer.param_groups[self._group_index]
+        progress = (self._num_steps + 1) / (self._warmup_steps + 1)
+        return float(group["lr"]) * self._learning_rate_scale * min(1.0, progress)
+
+    def step(self) -> None:
+        """Updates the parameters that have gradients, then clears all gradients."""
+        if any(parameter.grad is not None for parameter in self._parameters):
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.learning_rate
+            self._optimizer.step()
+            self._num_steps += 1
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops the gradients without a step."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def graduate(self) -> None:
+        """Moves parameters and their state into the user's group; this object is then done."""
+        group = self._user_optimizer.param_groups[self._group_index]
+        group["params"].extend(self._parameters)
+        for parameter in self._parameters:
+            if parameter in self._optimizer.state:
+                self._user_optimizer.state[parameter] = self._optimizer.state[parameter]

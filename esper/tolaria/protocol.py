@@ -1,0 +1,224 @@
+"""The graft protocol: brings live seeds from germination to their verdict, exact to the step.
+
+Tamiyo decides what to germinate, where and when. From then on the seed's way is fixed by its plan
+and runs here, in the training process: isolated warm-up, alpha ramp, settling, held-out trial. So
+a plane that dies in the middle of a graft changes no live seed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from esper.common.v1 import kernel_pb2
+from esper.common.v1 import lifecycle_pb2
+from esper.config import GraftConfig
+from esper.kasmina import MorphableModel
+from esper.kasmina import SeedLifecycleState
+from esper.kasmina import Transition
+from esper.tamiyo.v1 import controller_pb2
+from esper.tolaria.evaluation import Trial
+from esper.tolaria.optimizers import NewbornOptimizer
+from esper.tolaria.optimizers import host_group_index
+
+State = SeedLifecycleState
+SeedKey = tuple[str, int]
+
+_ENDED = (State.FOSSILIZED, State.CULLED, State.CANCELLED, State.ROLLED_BACK)
+_BLENDED = (State.GRAFTING, State.STABILIZATION, State.EVALUATING, State.FINE_TUNING)
+
+
+@dataclass(slots=True)
+class LiveGraft:
+    """A seed between germination and verdict.
+
+    Attributes:
+        slot: Name of the slot.
+        seed: Index of the seed in the slot.
+        kernel_name: Resource name, ``kernels/{digest}``.
+        kernel: The kernel at work.
+        plan: How it is brought in, complete.
+        optimizer: Trains the seed's parameters; ``None`` for a kernel without parameters.
+        stage_steps: Optimizer steps since the last lifecycle move.
+        trial: Outcome of the held-out trial, once there was one.
+    """
+
+    slot: str
+    seed: int
+    kernel_name: str
+    kernel: kernel_pb2.Kernel
+    plan: controller_pb2.GraftPlan
+    optimizer: NewbornOptimizer | None
+    stage_steps: int = 0
+    trial: Trial | None = None
+
+    @property
+    def key(self) -> SeedKey:
+        """Slot and seed."""
+        return self.slot, self.seed
+
+
+def complete_plan(
+    plan: controller_pb2.GraftPlan | None, defaults: GraftConfig
+) -> controller_pb2.GraftPlan:
+    """Returns the decision's plan, or one made of the configured defaults where there is none."""
+    if plan is not None:
+        complete = controller_pb2.GraftPlan()
+        complete.CopyFrom(plan)
+    else:
+        complete = controller_pb2.GraftPlan(
+            training_steps=defaults.training_steps,
+            alpha=lifecycle_pb2.AlphaSchedule(
+                kind=lifecycle_pb2.AlphaScheduleKind.Value(
+                    f"ALPHA_SCHEDULE_KIND_{defaults.ramp.upper()}"
+                ),
+                steps=defaults.ramp_steps,
+            ),
+            stabilization_steps=defaults.stabilization_steps,
+        )
+    if not complete.HasField("alpha"):
+        complete.alpha.steps = 1
+    if complete.learning_rate_scale == 0:
+        complete.learning_rate_scale = defaults.learning_rate_scale
+    return complete
+
+
+def plan_steps(plan: controller_pb2.GraftPlan) -> int:
+    """Returns the optimizer steps from germination until the seed is due for its trial."""
+    return plan.training_steps + plan.alpha.steps + plan.stabilization_steps + 1
+
+
+class GraftProtocol:
+    """All live grafts of one model.
+
+    Args:
+        model: The growing model.
+        optimizer: The user's optimizer.
+        config: Defaults for plans and what follows the trial.
+    """
+
+    def __init__(self, model: MorphableModel, optimizer: Optimizer, config: GraftConfig) -> None:
+        self.live: dict[SeedKey, LiveGraft] = {}
+        self._model = model
+        self._optimizer = optimizer
+        self._config = config
+        model.observers.append(self._on_transition)
+
+    def close(self) -> None:
+        """Lets go of the model."""
+        self._model.observers.remove(self._on_transition)
+
+    def _on_transition(self, transition: Transition) -> None:
+        graft = self.live.get((transition.slot, transition.seed))
+        if graft is None:
+            return
+        graft.stage_steps = 0
+        if transition.after in _ENDED:
+            del self.live[graft.key]
+
+    def germinate(
+        self,
+        slot: str,
+        seed: int,
+        kernel_name: str,
+        kernel: kernel_pb2.Kernel,
+        weights: Mapping[str, Tensor] | None,
+        plan: controller_pb2.GraftPlan,
+        reason: str,
+    ) -> None:
+        """Plants a kernel; it begins to train at the next step boundary.
+
+        Raises:
+            ValueError: If the seed is not dormant or the kernel does not fit; nothing changed.
+        """
+        self._model.load_kernel(slot, seed, kernel, weights, reason=reason)
+        parameters = self._model.seed_parameters(slot, seed)
+        optimizer = None
+        if parameters:
+            optimizer = NewbornOptimizer(
+                parameters,
+                self._optimizer,
+                host_group_index(self._optimizer, self._model.host_parameters(slot)),
+                learning_rate_scale=plan.learning_rate_scale,
+                warmup_steps=self._config.warmup_steps,
+            )
+        graft = LiveGraft(slot, seed, kernel_name, kernel, plan, optimizer)
+        self.live[graft.key] = graft
+
+    def on_step(self) -> None:
+        """Moves every live seed by one optimizer step. Call it right after the host's step."""
+        for graft in self.live.values():
+            graft.stage_steps += 1
+        completed = set(self._model.tick())
+        for graft in list(self.live.values()):
+            if graft.optimizer is not None:
+                graft.optimizer.step()
+            self._advance(graft, ramp_complete=graft.key in completed)
+
+    def _advance(self, graft: LiveGraft, *, ramp_complete: bool) -> None:
+        plan, model, (slot, seed) = graft.plan, self._model, graft.key
+        if model.seed_state(slot, seed) is State.GERMINATED:
+            model.advance(slot, seed, State.TRAINING, reason="step boundary reached")
+        if (
+            model.seed_state(slot, seed) is State.TRAINING
+            and graft.stage_steps >= plan.training_steps
+        ):
+            model.set_schedule(slot, seed, plan.alpha)
+            model.advance(
+                slot, seed, State.GRAFTING, reason=f"{plan.training_steps} warm-up steps done"
+            )
+        elif model.seed_state(slot, seed) is State.GRAFTING and ramp_complete:
+            model.advance(slot, seed, State.STABILIZATION, reason="alpha has reached its end")
+        elif (
+            model.seed_state(slot, seed) is State.FINE_TUNING
+            and graft.stage_steps >= self._config.fine_tuning_steps
+        ):
+            self._fossilize(graft, "fine-tuning done")
+        if (
+            model.seed_state(slot, seed) is State.STABILIZATION
+            and graft.stage_steps >= plan.stabilization_steps
+        ):
+            model.advance(
+                slot, seed, State.EVALUATING, reason=f"settled for {plan.stabilization_steps} steps"
+            )
+
+    def due_for_trial(self) -> list[LiveGraft]:
+        """Returns the grafts that wait for their held-out trial, oldest first."""
+        return [
+            graft
+            for graft in self.live.values()
+            if self._model.seed_state(*graft.key) is State.EVALUATING
+        ]
+
+    def conclude(self, graft: LiveGraft, trial: Trial) -> None:
+        """Carries out the verdict of a trial."""
+        graft.trial = trial
+        if not trial.accepted:
+            self._model.cull(*graft.key, reason=trial.describe())
+        elif self._config.fine_tuning_steps > 0:
+            self._model.advance(*graft.key, State.FINE_TUNING, reason=trial.describe())
+        else:
+            self._fossilize(graft, trial.describe())
+
+    def _fossilize(self, graft: LiveGraft, reason: str) -> None:
+        self._model.freeze_fossil(*graft.key, self._config.freeze_fossils)
+        self._model.advance(*graft.key, State.FOSSILIZED, reason=reason)
+        if graft.optimizer is not None:
+            graft.optimizer.graduate()
+
+    def finish(self) -> None:
+        """Ends every graft that has not reached its verdict: the run is over.
+
+        What was never blended in leaves without a trace; what was, is culled, because nobody has
+        shown that it helps.
+        """
+        for graft in list(self.live.values()):
+            state = self._model.seed_state(*graft.key)
+            reason = "the run ended before the trial"
+            if state is State.FINE_TUNING:
+                self._fossilize(graft, "the run ended after a passed trial")
+            elif state in _BLENDED:
+                self._model.cull(*graft.key, reason=reason)
+            else:
+                self._model.unload_kernel(*graft.key, reason=reason)

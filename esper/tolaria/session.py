@@ -1,0 +1,436 @@
+"""The growth session: what a user adds to their own training loop.
+
+    session = esper.session(model, optimizer, epochs=30, held_out=val_batches, loss=loss)
+    for epoch in range(30):
+        ...                                  # the user's own loop, unchanged
+        session.epoch_end(train_loss=mean_loss)
+    session.close()
+
+The session hangs on ``optimizer.step()`` by torch's own post-step hook and on nothing else. It
+never draws from the global random state, never changes a gradient of the host, and with growth
+off (or a dead plane) the run is the run that plain torch would have made.
+"""
+
+import logging
+import uuid
+from collections.abc import Callable
+from collections.abc import Collection
+from types import TracebackType
+from typing import Literal
+
+from torch.optim import Optimizer
+
+from esper.common.v1 import blueprint_pb2
+from esper.common.v1 import kernel_pb2
+from esper.config import EsperConfig
+from esper.kasmina import MorphableModel
+from esper.kasmina import SeedLifecycleState
+from esper.kasmina import Transition
+from esper.kasmina import lifecycle
+from esper.oona.v1 import event_pb2
+from esper.tamiyo.v1 import controller_pb2
+from esper.tolaria.cost import TrainingCost
+from esper.tolaria.evaluation import Batch
+from esper.tolaria.evaluation import SampleLoss
+from esper.tolaria.evaluation import paired_trial
+from esper.tolaria.evaluation import sample_losses
+from esper.tolaria.evaluation import trial_level
+from esper.tolaria.history import EpochRecord
+from esper.tolaria.history import History
+from esper.tolaria.history import LifecycleEvent
+from esper.tolaria.link import Address
+from esper.tolaria.link import Advice
+from esper.tolaria.link import PlaneLink
+from esper.tolaria.optimizers import check_supported
+from esper.tolaria.protocol import GraftProtocol
+from esper.tolaria.protocol import LiveGraft
+from esper.tolaria.protocol import complete_plan
+from esper.tolaria.protocol import plan_steps
+from esper.urza.v1 import library_pb2
+
+_log = logging.getLogger("esper")
+
+Mode = Literal["async", "lockstep"]
+State = SeedLifecycleState
+
+_VERDICTS = {
+    State.FOSSILIZED: library_pb2.FIELD_VERDICT_FOSSILIZED,
+    State.CULLED: library_pb2.FIELD_VERDICT_CULLED,
+    State.CANCELLED: library_pb2.FIELD_VERDICT_CANCELLED,
+    State.ROLLED_BACK: library_pb2.FIELD_VERDICT_ROLLED_BACK,
+}
+
+
+class Session:
+    """Grows one model while the user trains it. Use as a context manager or call ``close``.
+
+    Args:
+        model: The wrapped model.
+        optimizer: The user's optimizer over the model's parameters.
+        epochs: Number of epochs that the run is planned for.
+        held_out: Batches that are never trained on and never tested on; iterated at every epoch
+            boundary, always in the same order.
+        loss: Maps (model, batch) to the losses of the batch's samples, shape [samples].
+        plane: Address of a plane, or ``None`` to start an embedded one.
+        mode: ``async`` takes what advice has arrived and never waits; ``lockstep`` waits for the
+            answer to every observation, so that equal runs are equal to the bit.
+        config: Everything else; ``None`` means the defaults.
+
+    Attributes:
+        history: Lifecycle events and one record per epoch.
+        cost: Floating-point operations spent so far, by category.
+
+    Raises:
+        ValueError: If an argument breaks its rule; nothing has been started then.
+    """
+
+    def __init__(
+        self,
+        model: MorphableModel,
+        optimizer: Optimizer,
+        *,
+        epochs: int,
+        held_out: Collection[Batch],
+        loss: SampleLoss,
+        plane: Address | None = None,
+        mode: Mode = "async",
+        config: EsperConfig | None = None,
+    ) -> None:
+        if not isinstance(model, MorphableModel):
+            raise ValueError(
+                f"model is a {type(model).__name__}, but a session needs a wrapped model: "
+                "pass esper.wrap(model)"
+            )
+        if epochs < 1:
+            raise ValueError(f"epochs is {epochs}, but a run has at least 1 epoch")
+        if mode not in ("async", "lockstep"):
+            raise ValueError(f"mode is {mode!r}, but it must be 'async' or 'lockstep'")
+        check_supported(optimizer)
+        self._config = config if config is not None else EsperConfig()
+        self._model = model
+        self._epochs = epochs
+        self._held_out = held_out
+        self._loss = loss
+        self._mode = mode
+        self._optimizer = optimizer
+        self._epoch = 0
+        self._step = 0
+        self._epoch_first_step = 0
+        self._num_trials = 0
+        self._graph_digest_sent = ""
+        self._closed = False
+        self.run = uuid.uuid4().hex
+        self.history = History()
+        self.cost = TrainingCost(model, loss, held_out)
+        model.telemetry_interval = self._config.telemetry_interval
+        model.observers.append(self._on_transition)
+        self._protocol = GraftProtocol(model, optimizer, self._config.graft)
+        self._step_hook = optimizer.register_step_post_hook(self._on_step)
+        self._link = PlaneLink(plane, self._config.candidates)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is running, from 0."""
+        return self._epoch
+
+    @property
+    def plane_failure(self) -> str | None:
+        """Why the plane is gone, or ``None`` while it is there."""
+        return self._link.failure
+
+    def epoch_end(self, *, train_loss: float | None = None) -> EpochRecord:
+        """Ends an epoch: trials, verdicts, observation, and the advice that has arrived.
+
+        Args:
+            train_loss: The epoch's mean training loss. ``None`` means not measured.
+
+        Returns:
+            The epoch's record, which is also the last one of ``history.epochs``.
+
+        Raises:
+            ValueError: If the session is closed or all epochs have ended.
+        """
+        if self._closed:
+            raise ValueError("the session is closed, but epoch_end needs an open one")
+        if self._epoch >= self._epochs:
+            raise ValueError(
+                f"epochs is {self._epochs}, but epoch_end was called {self._epoch + 1} times"
+            )
+        self._hold_trials()
+        last = self._epoch == self._epochs - 1
+        if last:
+            self._protocol.finish()
+        losses = sample_losses(self._model, self._held_out, self._loss)
+        self.cost.add_evaluation(len(losses))
+        record = EpochRecord(
+            epoch=self._epoch,
+            step=self._step,
+            train_loss=train_loss,
+            held_out_loss=float(losses.mean()),
+            parameters=self._model.num_parameters(),
+            flops=self.cost.total,
+            alphas={
+                (slot, seed): float(self._model.alpha(slot, seed))
+                for slot, seed in self._model.occupied_seeds()
+            },
+        )
+        self.history.epochs.append(record)
+        self._consult(record, apply=not last)
+        self._epoch += 1
+        self._epoch_first_step = self._step
+        return record
+
+    def close(self) -> None:
+        """Ends the session: hooks off, what is left is sent, an embedded plane stops."""
+        if self._closed:
+            return
+        self._closed = True
+        self._protocol.finish()
+        self._step_hook.remove()
+        self._protocol.close()
+        self._model.observers.remove(self._on_transition)
+        self.cost.close()
+        self._link.close()
+
+    def _on_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        self._protocol.on_step()
+        self._step += 1
+
+    def _on_transition(self, transition: Transition) -> None:
+        event = LifecycleEvent(
+            epoch=self._epoch,
+            step=self._step,
+            slot=transition.slot,
+            seed=transition.seed,
+            before=transition.before.name,
+            after=transition.after.name,
+            kernel=transition.kernel,
+            reason=transition.reason,
+        )
+        self.history.events.append(event)
+        self._link.publish("system.events.lifecycle", event.to_proto(self.run), key=self.run)
+        if transition.after in _VERDICTS and transition.before is not State.DORMANT:
+            self._report(transition)
+
+    def _report(self, transition: Transition) -> None:
+        graft = self._protocol.live.get((transition.slot, transition.seed))
+        kernel = f"kernels/{transition.kernel}"
+        report = library_pb2.FieldReport(
+            kernel=kernel,
+            run=self.run,
+            slot=transition.slot,
+            seed=transition.seed,
+            verdict=_VERDICTS[transition.after],
+            reason=transition.reason,
+        )
+        trial = graft.trial if graft is not None else None
+        if trial is not None:
+            report.gain, report.gain_low, report.gain_high = trial.gain, trial.low, trial.high
+            report.p_value, report.num_samples = trial.p_value, trial.num_samples
+        if transition.after is State.FOSSILIZED:
+            self._link.deployed(kernel)
+        if graft is not None:
+            self._link.report(report)
+
+    def _hold_trials(self) -> None:
+        due = self._protocol.due_for_trial()
+        if not due:
+            return
+        with_seed = sample_losses(self._model, self._held_out, self._loss)
+        self.cost.add_evaluation(len(with_seed))
+        for graft in due:
+            with self._model.muted(*graft.key):
+                without_seed = sample_losses(self._model, self._held_out, self._loss)
+            self.cost.add_trial(len(without_seed))
+            self._num_trials += 1
+            trial = paired_trial(
+                with_seed,
+                without_seed,
+                level=trial_level(self._significance(graft), self._num_trials),
+                price=self._config.budget.min_gain_per_mflop * self._mflops(graft),
+            )
+            self._protocol.conclude(graft, trial)
+            if not trial.accepted:
+                with_seed = without_seed
+
+    def _significance(self, graft: LiveGraft) -> float:
+        if graft.plan.HasField("significance"):
+            return min(graft.plan.significance, self._config.significance)
+        return self._config.significance
+
+    def _mflops(self, graft: LiveGraft) -> float:
+        tokens = self._model.slots[graft.slot].tokens_per_sample
+        return graft.kernel.flops_per_token * (tokens or 1.0) / 1e6
+
+    def _consult(self, record: EpochRecord, *, apply: bool) -> None:
+        graph = self._model.host_graph()
+        self._link.compile(self._signatures())
+        observation = controller_pb2.Observation(
+            run=self.run,
+            epoch=self._epoch,
+            num_epochs=self._epochs,
+            steps_per_epoch=self._step - self._epoch_first_step,
+            host_graph_digest=graph.digest,
+            signals=self._model.collect_signals(self._epoch),
+            held_out_loss=record.held_out_loss,
+            learning_rates=[float(group["lr"]) for group in self._optimizer.param_groups],
+            num_parameters=record.parameters,
+            flops_per_sample=self.cost.forward_flops_per_sample(),
+            budget=self._budget(),
+        )
+        if record.train_loss is not None:
+            observation.train_loss = record.train_loss
+        if graph.digest != self._graph_digest_sent:
+            observation.host_graph.CopyFrom(graph)
+            self._graph_digest_sent = graph.digest
+        self._link.observe(observation)
+        self._link.publish("system.events.epoch", self._epoch_event(record), key=self.run)
+        if self._mode == "lockstep":
+            advice = self._link.wait(self._epoch, self._config.lockstep_timeout_s)
+        else:
+            advice = self._link.take()
+        if apply:
+            for item in sorted(advice, key=lambda item: -item.decision.urgency):
+                self._apply(item)
+
+    def _signatures(self) -> list[kernel_pb2.KernelSignature]:
+        sources = (blueprint_pb2.SEED_SOURCE_INPUT, blueprint_pb2.SEED_SOURCE_OUTPUT)
+        return [
+            self._model.signature(name, seed, source)
+            for name, layer in self._model.slots.items()
+            if layer.width is not None
+            for seed in range(layer.num_seeds)
+            for source in sources
+            if source == blueprint_pb2.SEED_SOURCE_OUTPUT or layer.source_width is not None
+        ]
+
+    def _budget(self) -> controller_pb2.Budget:
+        limits = self._config.budget
+        budget = controller_pb2.Budget(min_gain_per_mflop=limits.min_gain_per_mflop)
+        if limits.max_parameters is not None:
+            budget.max_parameters = limits.max_parameters
+        if limits.max_flops_per_sample is not None:
+            budget.max_flops_per_sample = limits.max_flops_per_sample
+        return budget
+
+    def _epoch_event(self, record: EpochRecord) -> event_pb2.EpochEvent:
+        event = event_pb2.EpochEvent(
+            run=self.run,
+            epoch=record.epoch,
+            step=record.step,
+            held_out_loss=record.held_out_loss,
+            num_parameters=record.parameters,
+        )
+        if record.train_loss is not None:
+            event.train_loss = record.train_loss
+        return event
+
+    def _apply(self, advice: Advice) -> None:
+        """Carries out one decision, or says why not; a refused decision changes nothing."""
+        decision = advice.decision
+        try:
+            self._check_deadline(decision)
+            handler = _HANDLERS.get(decision.action)
+            if handler is not None:
+                handler(self, advice)
+        except ValueError as error:
+            name = controller_pb2.Action.Name(decision.action)
+            _log.info("esper: decision %s (%s) refused: %s", decision.id, name, error)
+            self.history.refusals.append(f"epoch {self._epoch}: {name} {decision.slot}: {error}")
+
+    def _check_deadline(self, decision: controller_pb2.Decision) -> None:
+        if decision.HasField("deadline_epoch") and self._epoch > decision.deadline_epoch:
+            raise ValueError(
+                f"deadline_epoch is {decision.deadline_epoch}, but epoch {self._epoch} has ended"
+            )
+
+    def _germinate(self, advice: Advice) -> None:
+        decision, kernel = advice.decision, advice.kernel
+        assert kernel is not None, "a GERMINATE advice carries its kernel"
+        plan = complete_plan(
+            decision.plan if decision.HasField("plan") else None, self._config.graft
+        )
+        steps_per_epoch = self._step - self._epoch_first_step
+        left = (self._epochs - 1 - self._epoch) * steps_per_epoch
+        if plan_steps(plan) > left:
+            raise ValueError(
+                f"plan takes {plan_steps(plan)} steps, but the run has only {left} left"
+            )
+        limit = self._config.budget.max_parameters
+        if limit is not None and self._model.num_parameters() + kernel.parameter_count > limit:
+            raise ValueError(
+                f"parameter_count is {kernel.parameter_count}, but the budget leaves "
+                f"{limit - self._model.num_parameters()}"
+            )
+        self._protocol.germinate(
+            decision.slot,
+            decision.seed,
+            decision.kernel,
+            kernel,
+            advice.weights,
+            plan,
+            decision.explanation,
+        )
+
+    def _advance(self, advice: Advice) -> None:
+        decision = advice.decision
+        target = lifecycle.from_proto(decision.target_state)
+        if target is State.FOSSILIZED:
+            raise ValueError("target_state is FOSSILIZED, but only a passed trial fossilises")
+        self._model.advance(decision.slot, decision.seed, target, reason=decision.explanation)
+
+    def _set_alpha(self, advice: Advice) -> None:
+        decision = advice.decision
+        self._model.set_seed_alpha(decision.slot, decision.seed, decision.alpha)
+
+    def _cull(self, advice: Advice) -> None:
+        decision = advice.decision
+        self._model.cull(decision.slot, decision.seed, reason=decision.explanation)
+
+    def _cancel(self, advice: Advice) -> None:
+        decision = advice.decision
+        self._model.unload_kernel(decision.slot, decision.seed, reason=decision.explanation)
+
+
+_HANDLERS: dict[int, Callable[[Session, Advice], None]] = {
+    controller_pb2.ACTION_GERMINATE: Session._germinate,
+    controller_pb2.ACTION_ADVANCE: Session._advance,
+    controller_pb2.ACTION_SET_ALPHA: Session._set_alpha,
+    controller_pb2.ACTION_CULL: Session._cull,
+    controller_pb2.ACTION_CANCEL: Session._cancel,
+}
+
+
+def session(
+    model: MorphableModel,
+    optimizer: Optimizer,
+    *,
+    epochs: int,
+    held_out: Collection[Batch],
+    loss: SampleLoss,
+    plane: Address | None = None,
+    mode: Mode = "async",
+    config: EsperConfig | None = None,
+) -> Session:
+    """Opens a growth session; the arguments are those of ``Session``."""
+    return Session(
+        model,
+        optimizer,
+        epochs=epochs,
+        held_out=held_out,
+        loss=loss,
+        plane=plane,
+        mode=mode,
+        config=config,
+    )

@@ -1,0 +1,140 @@
+"""Newborn optimizers equal a reference run and hand their state over."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim import lr_scheduler
+
+from esper.tolaria.optimizers import NewbornOptimizer
+from esper.tolaria.optimizers import check_supported
+from esper.tolaria.optimizers import host_group_index
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.95)),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, amsgrad=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+}
+
+
+def _parameter(seed: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(seed)))
+
+
+def _gradient(step: int) -> torch.Tensor:
+    return torch.randn(5, generator=torch.Generator().manual_seed(100 + step))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_newborn_that_graduates_trains_as_if_it_had_been_there_all_along(name: str) -> None:
+    host, newborn, reference = _parameter(0), _parameter(1), _parameter(1)
+    optimizer = OPTIMIZERS[name]([host])
+    alone = OPTIMIZERS[name]([reference])
+    twin = NewbornOptimizer([newborn], optimizer, 0)
+    for step in range(8):
+        host.grad = _gradient(-step)
+        newborn.grad, reference.grad = _gradient(step), _gradient(step)
+        if step < 4:
+            optimizer.step()
+            twin.step()
+            assert newborn.grad is None
+        else:
+            if step == 4:
+                twin.graduate()
+            optimizer.step()
+        alone.step()
+    assert torch.equal(newborn, reference)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_the_host_never_notices_a_newborn() -> None:
+    host, twin_host = _parameter(0), _parameter(0)
+    optimizer, bare = OPTIMIZERS["Adam"]([host]), OPTIMIZERS["Adam"]([twin_host])
+    newborn = NewbornOptimizer([_parameter(1)], optimizer, 0)
+    for step in range(5):
+        host.grad, twin_host.grad = _gradient(step), _gradient(step)
+        optimizer.step()
+        newborn.step()
+        bare.step()
+    newborn.graduate()
+    host.grad, twin_host.grad = _gradient(9), _gradient(9)
+    optimizer.step()
+    bare.step()
+    assert torch.equal(host, twin_host)
+
+
+SCHEDULERS: dict[str, Callable[[Optimizer], lr_scheduler.LRScheduler]] = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+    "LinearLR": lr_scheduler.LinearLR,
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_newborns_follow_the_schedule_and_graduation_breaks_none(name: str) -> None:
+    host, newborn = _parameter(0), _parameter(1)
+    optimizer, bare = OPTIMIZERS["SGD"]([host]), OPTIMIZERS["SGD"]([_parameter(0)])
+    scheduler, reference = SCHEDULERS[name](optimizer), SCHEDULERS[name](bare)
+    twin = NewbornOptimizer([newborn], optimizer, 0, learning_rate_scale=2.0)
+    for step in range(6):
+        host.grad, newborn.grad = _gradient(step), _gradient(step)
+        optimizer.step()
+        bare.step()
+        assert twin.learning_rate == 2.0 * optimizer.param_groups[0]["lr"]
+        twin.step()
+        if step == 3:
+            twin.graduate()
+        scheduler.step()
+        reference.step()
+        assert optimizer.param_groups[0]["lr"] == bare.param_groups[0]["lr"]
+
+
+def test_the_learning_rate_warms_up() -> None:
+    newborn = _parameter(1)
+    optimizer = torch.optim.SGD([_parameter(0)], lr=1.0)
+    twin = NewbornOptimizer([newborn], optimizer, 0, warmup_steps=3)
+    moves = []
+    for _ in range(5):
+        before = newborn.detach().clone()
+        newborn.grad = torch.ones(5)
+        twin.step()
+        moves.append(float((before - newborn.detach())[0]))
+    assert moves == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0], abs=1e-6)
+
+
+def test_a_step_without_gradients_does_not_count() -> None:
+    newborn = _parameter(1)
+    twin = NewbornOptimizer([newborn], torch.optim.SGD([_parameter(0)], lr=1.0), 0, warmup_steps=3)
+    for _ in range(10):
+        twin.step()
+    assert twin.learning_rate == 0.25
+
+
+def test_the_host_group_is_the_one_that_holds_the_slots_parameters() -> None:
+    first, second, elsewhere = _parameter(0), _parameter(1), _parameter(2)
+    optimizer = torch.optim.SGD(
+        [{"params": [first], "lr": 0.1}, {"params": [second], "lr": 0.5}], lr=0.1
+    )
+    assert host_group_index(optimizer, [second]) == 1
+    assert host_group_index(optimizer, [elsewhere]) == 0
+    twin = NewbornOptimizer([_parameter(3)], optimizer, 1)
+    assert twin.learning_rate == 0.5
+
+
+def test_lbfgs_is_refused() -> None:
+    with pytest.raises(ValueError, match="LBFGS"):
+        check_supported(torch.optim.LBFGS([_parameter(0)]))
