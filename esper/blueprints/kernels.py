@@ -141,12 +141,14 @@ def bind(
         raise BlueprintError(
             "signature.source",
             blueprint_pb2.SeedSource.Name(signature.source),
-            f"the graph reads {blueprint_pb2.SeedSource.Name(checked.source)}",
+            f"must be what the graph reads, {blueprint_pb2.SeedSource.Name(checked.source)}",
         )
     width = checked.input_shape[checked.feature_axis].fixed
     if width != signature.source_width:
         raise BlueprintError(
-            "signature.source_width", signature.source_width, f"the graph reads {width} features"
+            "signature.source_width",
+            signature.source_width,
+            f"must be the {width} features that the graph reads",
         )
     planes = checked.layout in (Layout.PLANE_1D, Layout.PLANE_2D)
     channels_first = signature.slot_kind in CHANNEL_KINDS

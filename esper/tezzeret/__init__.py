@@ -1,0 +1,1 @@
+"""Client side of Tezzeret, the compiler of blueprints."""

@@ -1,0 +1,1 @@
+"""Tezzeret: turns blueprints into kernels and proves that they compute what the blueprint says."""
