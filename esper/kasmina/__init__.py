@@ -1,1 +1,17 @@
 """Execution layer: seed routing, blending and telemetry over the native core."""
+
+from esper.kasmina.layer import KasminaLayer
+from esper.kasmina.lifecycle import SeedLifecycleState
+from esper.kasmina.model import MorphableModel
+from esper.kasmina.model import Transition
+from esper.kasmina.wrapping import unwrap
+from esper.kasmina.wrapping import wrap
+
+__all__ = [
+    "KasminaLayer",
+    "MorphableModel",
+    "SeedLifecycleState",
+    "Transition",
+    "unwrap",
+    "wrap",
+]

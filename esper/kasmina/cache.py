@@ -1,0 +1,119 @@
+"""The kernels that a model has seen, ready to be planted again without fetching or checking them."""
+
+from collections import Counter
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from esper.common.v1 import kernel_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class CachedKernel:
+    """A checked kernel.
+
+    Attributes:
+        kernel: The kernel.
+        weights: Its tensors by parameter name; None where its parameters are born by their init.
+    """
+
+    kernel: kernel_pb2.Kernel
+    weights: Mapping[str, Tensor] | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the entry is charged with, in bytes."""
+        tensors = () if self.weights is None else self.weights.values()
+        return self.kernel.ByteSize() + sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """What a kernel cache has done so far.
+
+    Attributes:
+        num_kernels: Kernels held now.
+        num_bytes: Bytes held now.
+        capacity_bytes: Most bytes that may be held, kernels in use apart.
+        hits: Look-ups that found their kernel.
+        misses: Look-ups that did not.
+        evictions: Kernels dropped for want of space.
+    """
+
+    num_kernels: int
+    num_bytes: int
+    capacity_bytes: int
+    hits: int
+    misses: int
+    evictions: int
+
+
+class KernelCache:
+    """Kernels by digest, the least recently used dropped first.
+
+    Args:
+        capacity_bytes: Most bytes to hold. Kernels in use are never dropped, and count.
+
+    Raises:
+        ValueError: If the capacity is negative.
+    """
+
+    def __init__(self, capacity_bytes: int) -> None:
+        if capacity_bytes < 0:
+            raise ValueError(f"capacity_bytes is {capacity_bytes}, but it must be at least 0")
+        self._capacity_bytes = capacity_bytes
+        self._entries: OrderedDict[str, CachedKernel] = OrderedDict()  # oldest use first
+        self._uses: Counter[str] = Counter()
+        self._num_bytes = 0
+        self._hits = 0
+        self._misses = 0
+        self._evictions = 0
+
+    def get(self, digest: str) -> CachedKernel | None:
+        """Returns a kernel and marks it as just used; None where it is not held."""
+        entry = self._entries.get(digest)
+        if entry is None:
+            self._misses += 1
+            return None
+        self._hits += 1
+        self._entries.move_to_end(digest)
+        return entry
+
+    def put(self, digest: str, entry: CachedKernel) -> None:
+        """Adds a kernel, dropping others as needed."""
+        old = self._entries.pop(digest, None)
+        self._num_bytes += entry.num_bytes - (0 if old is None else old.num_bytes)
+        self._entries[digest] = entry
+        self._shrink()
+
+    def acquire(self, digest: str) -> None:
+        """Marks a held kernel as in use by one more seed."""
+        assert digest in self._entries, "only a kernel that is held can be in use"
+        self._uses[digest] += 1
+
+    def release(self, digest: str) -> None:
+        """Ends one use of a kernel."""
+        assert self._uses[digest] > 0, "a kernel is released once for each use"
+        self._uses[digest] -= 1
+        self._shrink()
+
+    def stats(self) -> CacheStats:
+        """Returns what the cache holds and has done."""
+        return CacheStats(
+            num_kernels=len(self._entries),
+            num_bytes=self._num_bytes,
+            capacity_bytes=self._capacity_bytes,
+            hits=self._hits,
+            misses=self._misses,
+            evictions=self._evictions,
+        )
+
+    def _shrink(self) -> None:
+        idle = [digest for digest in self._entries if self._uses[digest] == 0]
+        for digest in idle:
+            if self._num_bytes <= self._capacity_bytes:
+                return
+            self._num_bytes -= self._entries.pop(digest).num_bytes
+            self._evictions += 1

@@ -1,0 +1,210 @@
+"""Kernels that live in a seed: the checks before one is planted, and its parameters."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import nn
+
+from esper.blueprints import BlueprintError
+from esper.blueprints import ReferenceModule
+from esper.blueprints import init_parameters
+from esper.blueprints import reference_module
+from esper.blueprints.init import check_weights
+from esper.blueprints.kernels import CHANNEL_KINDS
+from esper.common.v1 import blueprint_pb2
+from esper.common.v1 import kernel_pb2
+from esper.kasmina.ops import SeedPlan
+
+DTYPES = {
+    torch.float32: kernel_pb2.DATA_TYPE_FLOAT32,
+    torch.float64: kernel_pb2.DATA_TYPE_FLOAT64,
+    torch.bfloat16: kernel_pb2.DATA_TYPE_BFLOAT16,
+    torch.float16: kernel_pb2.DATA_TYPE_FLOAT16,
+}
+DEVICE_CLASSES = {
+    "cpu": kernel_pb2.DEVICE_CLASS_CPU,
+    "cuda": kernel_pb2.DEVICE_CLASS_CUDA,
+}
+
+_ACTIVATIONS = {
+    kernel_pb2.ACTIVATION_IDENTITY: "identity",
+    kernel_pb2.ACTIVATION_RELU: "relu",
+    kernel_pb2.ACTIVATION_GELU: "gelu",
+    kernel_pb2.ACTIVATION_SILU: "silu",
+    kernel_pb2.ACTIVATION_TANH: "tanh",
+}
+
+
+def check_fit(
+    kernel: kernel_pb2.Kernel, wanted: kernel_pb2.KernelSignature, output_axes: int | None
+) -> None:
+    """Checks that a kernel fits a place.
+
+    Args:
+        kernel: A sound kernel.
+        wanted: Signature of the place for the kernel's source.
+        output_axes: Number of axes of the slot's output; None where none has been seen.
+
+    Raises:
+        BlueprintError: If it does not fit; names field, value and rule.
+    """
+    given = kernel.signature
+    rules = (
+        ("chunk_width", given.chunk_width, wanted.chunk_width),
+        ("source_width", given.source_width, wanted.source_width),
+        (
+            "dtype",
+            kernel_pb2.DataType.Name(given.dtype),
+            kernel_pb2.DataType.Name(wanted.dtype),
+        ),
+        (
+            "device_class",
+            kernel_pb2.DeviceClass.Name(given.device_class),
+            kernel_pb2.DeviceClass.Name(wanted.device_class),
+        ),
+    )
+    for field, value, expected in rules:
+        if value != expected:
+            raise BlueprintError(f"signature.{field}", value, f"must be the seed's {expected}")
+    if kernel.WhichOneof("lowering") != "graph":
+        return  # the native families work on features wherever they are
+    if (given.slot_kind in CHANNEL_KINDS) != (wanted.slot_kind in CHANNEL_KINDS):
+        raise BlueprintError(
+            "signature.slot_kind",
+            kernel_pb2.SlotKind.Name(given.slot_kind),
+            f"must lay features out as the slot's {kernel_pb2.SlotKind.Name(wanted.slot_kind)}",
+        )
+    num_axes = len(kernel.graph.graph.inputs[0].shape.dims)
+    if num_axes > 2 and num_axes != output_axes:  # two axes are tokens: any number is flattened
+        seen = "never seen; run a forward first" if output_axes is None else f"{output_axes} axes"
+        raise BlueprintError(
+            "graph.inputs[0].shape", f"{num_axes} axes", f"must fit the slot's output: {seen}"
+        )
+
+
+def check_parameters(kernel: kernel_pb2.Kernel, weights: Mapping[str, Tensor] | None) -> None:
+    """Checks that tensors are those that a kernel takes.
+
+    Args:
+        kernel: The kernel.
+        weights: Tensors by parameter name; None for parameters born by their init.
+
+    Raises:
+        BlueprintError: If names, shapes, types or values do not fit, or are missing.
+    """
+    if weights is not None:
+        check_weights(weights, kernel)
+    elif kernel.HasField("weights"):
+        raise BlueprintError(
+            "weights", "absent", f"must be the tensors of this kernel's blob {kernel.weights.hash}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a graft goes.
+
+    Attributes:
+        slot: Name of the slot.
+        seed: Index of the seed.
+        dtype: Element type of the parameters.
+        device: Device of the parameters.
+    """
+
+    slot: str
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Graft(nn.Module):
+    """A kernel live in a seed; its parameters are registered under the kernel's own names.
+
+    Args:
+        kernel: A kernel that fits the place.
+        digest: Its digest.
+        weights: Its tensors; None draws them from a generator of the place's own, so that the same
+            kernel in the same place is born equal and no other random state moves.
+        place: Where it goes.
+    """
+
+    def __init__(
+        self,
+        kernel: kernel_pb2.Kernel,
+        digest: str,
+        weights: Mapping[str, Tensor] | None,
+        place: Place,
+    ) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.digest = digest
+        self.draw_seed = _draw_seed(digest, place)
+        if weights is None:
+            generator = torch.Generator().manual_seed(self.draw_seed)
+            weights = init_parameters(kernel, generator)
+        tensors = {name: w.detach().to(place.device, place.dtype) for name, w in weights.items()}
+        self.network: ReferenceModule | None = None
+        if kernel.WhichOneof("lowering") == "graph":
+            self.network = reference_module(kernel, tensors)
+        else:
+            for spec in kernel.parameters:
+                self.register_parameter(spec.name, nn.Parameter(tensors[spec.name].clone()))
+
+    @property
+    def is_noop(self) -> bool:
+        """Whether the kernel adds nothing, so that nothing has to run for it."""
+        return self.kernel.WhichOneof("lowering") == "noop"
+
+    def ordered_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters in the order of the kernel."""
+        owner = self if self.network is None else self.network
+        return [owner.get_parameter(spec.name) for spec in self.kernel.parameters]
+
+    def plan(self, row: int, begin: int, end: int, first_param: int) -> SeedPlan:
+        """Returns the native plan of the graft, for kernels of a native family.
+
+        Args:
+            row: Row of the seed in the bank's scalars.
+            begin: First feature of its chunk.
+            end: One past its last feature.
+            first_param: Index of its first tensor in the call's parameters.
+        """
+        source = "input" if self.reads_input else "output"
+        if self.kernel.WhichOneof("lowering") == "affine":
+            return SeedPlan(
+                row,
+                begin,
+                end - begin,
+                source,
+                "affine",
+                first_param,
+                output_bias=self.kernel.affine.bias,
+            )
+        lowering = self.kernel.bottleneck
+        return SeedPlan(
+            row,
+            begin,
+            end - begin,
+            source,
+            "bottleneck",
+            first_param,
+            activation=_ACTIVATIONS[lowering.activation],
+            rank=lowering.rank,
+            gated=lowering.gated,
+            hidden_bias=lowering.bias_in,
+            gate_bias=lowering.bias_gate,
+            output_bias=lowering.bias_out,
+        )
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether the kernel reads the slot's input instead of its own chunk of the output."""
+        return self.kernel.signature.source == blueprint_pb2.SEED_SOURCE_INPUT
+
+
+def _draw_seed(digest: str, place: Place) -> int:
+    text = f"{digest}/{place.slot}/{place.seed}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -1,0 +1,458 @@
+"""A slot: the forward hook on one module of the host that runs the slot's seeds."""
+
+import inspect
+from collections.abc import Mapping
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from esper.common.v1 import blueprint_pb2
+from esper.common.v1 import kernel_pb2
+from esper.kasmina.grafts import DEVICE_CLASSES
+from esper.kasmina.grafts import DTYPES
+from esper.kasmina.grafts import Graft
+from esper.kasmina.grafts import Place
+from esper.kasmina.growth import GrowthProbe
+from esper.kasmina.growth import PendingScores
+from esper.kasmina.lifecycle import SeedLifecycleState
+from esper.kasmina.ops import slot_forward
+from esper.kasmina.outputs import features_last
+from esper.kasmina.outputs import find_tensor
+from esper.kasmina.outputs import replace_tensor
+from esper.kasmina.outputs import restore_layout
+from esper.kasmina.reference import run_seed
+from esper.kasmina.sites import Site
+from esper.kasmina.sites import block_channel_axis
+from esper.kasmina.sites import chunk_bounds
+from esper.kasmina.sites import parameter_dtype
+from esper.kasmina.telemetry import SlotTelemetry
+
+
+class KasminaLayer(nn.Module):
+    """The seeds of one slot, and the hook through which they act.
+
+    The layer is called by torch as a forward hook of the slot's module; while nothing in it
+    computes and nothing is sampled, the module has no hook. It belongs to a ``MorphableModel``,
+    whose methods change it.
+
+    Args:
+        site: Where the slot sits.
+        num_seeds: Number of its seeds.
+        first_row: Row of its first seed in the bank's scalars.
+
+    Attributes:
+        name: FQN of the slot's module in the host.
+        kind: Sort of slot.
+        num_seeds: Number of seeds.
+        channel_axis: Axis of the output's features; None where it is the last.
+        width: Features of the output; None until a forward has told it.
+        source_width: Features of the input; None where no seed can read it, or not told yet.
+        output_axes: Number of axes of the output; None until a forward has told it.
+        bounds: Half-open feature range of each seed's chunk; empty until the width is known.
+        grafts: The planted kernels by seed.
+        telemetry: What the slot has shown; None until the width is known.
+        calls: How often the slot ran.
+        missed_steps: Training forwards in which seeds should have computed and did not.
+    """
+
+    def __init__(self, site: Site, num_seeds: int, first_row: int) -> None:
+        super().__init__()
+        self.name = site.name
+        self.kind = site.kind
+        self.num_seeds = num_seeds
+        self.channel_axis = site.channel_axis
+        self.source_width = site.source_width
+        self.width: int | None = None
+        self.output_axes: int | None = None
+        self.bounds: tuple[tuple[int, int], ...] = ()
+        self.grafts = nn.ModuleDict()
+        self.telemetry: SlotTelemetry | None = None
+        self.calls = 0
+        self.missed_steps = 0
+        self._site = (site.module,)  # in a tuple: the host owns its modules, the layer does not
+        self._input_names = tuple(inspect.signature(site.module.forward).parameters)
+        self._first_row = first_row
+        self._scalars = torch.zeros(0, 3)
+        self._seen_dtype: torch.dtype | None = None
+        self._seen_device: torch.device | None = None
+        self._states = (SeedLifecycleState.DORMANT,) * num_seeds
+        self._native: tuple[int, ...] = ()
+        self._plan: list[int] = []
+        self._param_slots: list[tuple[dict[str, nn.Parameter | None], str]] = []
+        self._graphs: tuple[int, ...] = ()
+        self._reads_input = False
+        self._handle: RemovableHandle | None = None
+        self._sampled_step: int | None = None
+        if site.width is not None:
+            self._set_width(site.width)
+
+    # ---------------------------------------------------------------- what the slot is
+
+    @property
+    def module(self) -> nn.Module:
+        """The host's module that the slot sits on."""
+        return self._site[0]
+
+    @property
+    def computes(self) -> bool:
+        """Whether a seed here has work in every forward."""
+        return bool(self._native or self._graphs)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether the slot's module has the hook now."""
+        return self._handle is not None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Element type of the slot's parameters, else of the output seen last; None if unknown."""
+        return parameter_dtype(self.module) or self._seen_dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the slot computes; None if unknown."""
+        for parameter in self.module.parameters():
+            return parameter.device
+        return self._seen_device
+
+    def graft(self, seed: int) -> Graft | None:
+        """Returns what is planted in a seed."""
+        key = str(seed)
+        if key not in self.grafts:
+            return None
+        graft = self.grafts[key]
+        assert isinstance(graft, Graft)
+        return graft
+
+    def place(self, seed: int) -> Place:
+        """Returns where a graft of a seed goes, once type and device are known."""
+        assert self.dtype is not None and self.device is not None
+        return Place(self.name, seed, self.dtype, self.device)
+
+    def signature(self, seed: int, source: blueprint_pb2.SeedSource) -> kernel_pb2.KernelSignature:
+        """Returns what a kernel must fit to be planted in a seed.
+
+        Args:
+            seed: Index of the seed.
+            source: What the kernel reads.
+
+        Raises:
+            ValueError: If the place is not known yet, or no kernel can fit it.
+        """
+        if self.width is None:
+            raise ValueError(
+                f"slot {self.name!r} has no known width; run one forward of the wrapped model first"
+            )
+        begin, end = self.bounds[seed]
+        if source == blueprint_pb2.SEED_SOURCE_OUTPUT:
+            source_width = end - begin
+        elif source == blueprint_pb2.SEED_SOURCE_INPUT:
+            if self.source_width is None:
+                raise ValueError(
+                    f"source is INPUT, but the input of slot {self.name!r} is not known to be a "
+                    "floating-point tensor with the tokens of its output"
+                )
+            source_width = self.source_width
+        else:
+            raise ValueError(f"source is {source}, but it must be OUTPUT or INPUT")
+        dtype, device = self.dtype, self.device
+        if dtype not in DTYPES:
+            known = ", ".join(str(known) for known in DTYPES)
+            raise ValueError(f"slot {self.name!r} is of type {dtype}, but it must be {known}")
+        if device is None or device.type not in DEVICE_CLASSES:
+            known = ", ".join(DEVICE_CLASSES)
+            raise ValueError(f"slot {self.name!r} is on {device}, but it must be on {known}")
+        return kernel_pb2.KernelSignature(
+            slot_kind=self.kind,
+            chunk_width=end - begin,
+            source_width=source_width,
+            source=source,
+            dtype=DTYPES[dtype],
+            device_class=DEVICE_CLASSES[device.type],
+        )
+
+    def extra_repr(self) -> str:
+        """Says where the slot sits."""
+        kind = kernel_pb2.SlotKind.Name(self.kind).removeprefix("SLOT_KIND_").lower()
+        return f"{self.name}, {kind}, width={self.width}, num_seeds={self.num_seeds}"
+
+    def _set_width(self, width: int) -> None:
+        if self.num_seeds > width:
+            raise ValueError(
+                f"seeds_per_layer is {self.num_seeds}, but slot {self.name!r} has {width} features "
+                "and every seed must own at least one"
+            )
+        self.width = width
+        self.bounds = chunk_bounds(width, self.num_seeds)
+        self.telemetry = SlotTelemetry(self.bounds)
+
+    # ---------------------------------------------------------------- what changes it
+
+    def bind(self, scalars: Tensor) -> None:
+        """Points the layer at its model's bank; done before the first forward.
+
+        Args:
+            scalars: alpha_fwd, alpha_bwd, gamma of all the model's seeds, float32 [seeds, 3] on the
+                CPU; the bank's own memory.
+        """
+        self._scalars = scalars
+
+    def remove(self, seed: int) -> None:
+        """Drops what is planted in a seed."""
+        del self.grafts[str(seed)]
+        if self.telemetry is not None:
+            self.telemetry.forget(seed)
+
+    def rebuild(self, states: Sequence[SeedLifecycleState]) -> None:
+        """Makes the computing plan anew; called on lifecycle events only.
+
+        Args:
+            states: State of each seed.
+        """
+        self._states = tuple(states)
+        native: list[int] = []
+        graphs: list[int] = []
+        self._plan = []
+        self._param_slots = []
+        self._reads_input = False
+        for seed, state in enumerate(self._states):
+            graft = self.graft(seed)
+            if graft is None or graft.is_noop or not state.computes:
+                continue
+            self._reads_input |= graft.reads_input
+            if graft.network is not None:
+                graphs.append(seed)
+                continue
+            native.append(seed)
+            row = self._first_row + seed
+            self._plan += graft.plan(row, *self.bounds[seed], len(self._param_slots)).pack()
+            # Looked up by name in each call: functional_call and sharding replace the tensors.
+            self._param_slots += [
+                (graft._parameters, spec.name) for spec in graft.kernel.parameters
+            ]
+        self._native, self._graphs = tuple(native), tuple(graphs)
+        self._update_hook()
+
+    def begin_observation(self, sampled_step: int | None) -> None:
+        """Lets the coming forward be seen, so that the slot learns its shape.
+
+        Args:
+            sampled_step: Number of the step where telemetry is sampled; None where it is not.
+        """
+        self._sampled_step = sampled_step
+        self._update_hook(wanted=True)
+
+    def end_observation(self) -> None:
+        """Ends it; an idle slot loses its hook again."""
+        self._sampled_step = None
+        self._update_hook()
+
+    def detach(self) -> None:
+        """Removes the hook for good."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _update_hook(self, wanted: bool = False) -> None:
+        if not (wanted or self.computes):
+            self.detach()
+        elif self._handle is None:
+            self._handle = self.module.register_forward_hook(self, with_kwargs=True)
+
+    # ---------------------------------------------------------------- the hot path
+
+    def forward(
+        self,
+        module: nn.Module,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        output: object,
+    ) -> object:
+        """Adds the seeds to what the slot's module returned.
+
+        Args:
+            module: The slot's module.
+            args: Its positional inputs.
+            kwargs: Its keyword inputs.
+            output: What it returned; the first floating-point tensor in it is the host's h.
+
+        Returns:
+            The output with h replaced by y, or None (torch keeps the output) where nothing acts.
+
+        Raises:
+            ValueError: If there is no h, or it has another width than before.
+        """
+        found = ((), output) if isinstance(output, Tensor) else find_tensor(output)
+        if found is None:
+            raise ValueError(f"slot {self.name!r}: the output holds no floating-point tensor")
+        path, host = found
+        if host.is_nested:
+            raise ValueError(
+                f"slot {self.name!r}: the output is a nested tensor, which seeds cannot work on; "
+                "call the wrapped model instead of its host, or turn the fast path off by "
+                "torch.backends.mha.set_fastpath_enabled(False)"
+            )
+        self.calls += 1
+        sampled = self._sampled_step is not None
+        x = self._input(args, kwargs) if self._reads_input or sampled else None
+        if self.output_axes is None:
+            self._learn(host, self._input(args, kwargs))
+        h = features_last(host, self.channel_axis)
+        if h.shape[-1] != self.width:
+            raise ValueError(
+                f"slot {self.name!r}: the output has {h.shape[-1]} features, but it had {self.width}"
+            )
+        if x is not None:
+            x = self._aligned_input(x, host, h)
+        y, stats = self._blend(h, x, sampled)
+        result = host if y is h else restore_layout(y, host, self.channel_axis)
+        if sampled:
+            self._observe(h, x, result, stats)
+        return None if y is h else replace_tensor(output, path, result)
+
+    def _input(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor | None:
+        """The first floating-point tensor among the module's inputs, in the order it names them."""
+        named = (kwargs[name] for name in self._input_names if name in kwargs)
+        for value in (*args, *named):
+            if isinstance(value, Tensor) and value.is_floating_point() and not value.is_nested:
+                return value
+        return None
+
+    def _aligned_input(self, x: Tensor, host: Tensor, h: Tensor) -> Tensor | None:
+        """The input with features last; None unless it has the output's tokens."""
+        if self.channel_axis is not None:
+            if x.dim() != host.dim():
+                return None
+            x = features_last(x, self.channel_axis)
+        return x if x.dim() > 0 and x.shape[:-1] == h.shape[:-1] else None
+
+    def _learn(self, host: Tensor, x: Tensor | None) -> None:
+        """Takes from the first forward what the module itself does not tell."""
+        if self.width is None and self.kind == kernel_pb2.SLOT_KIND_BLOCK:
+            self.channel_axis = block_channel_axis(self.module, host.dim())
+            if self.channel_axis is not None:
+                self.kind = kernel_pb2.SLOT_KIND_CONV
+        h = features_last(host, self.channel_axis)
+        if self.width is None:
+            self._set_width(h.shape[-1])
+        if self.source_width is None and x is not None:
+            aligned = self._aligned_input(x, host, h)
+            self.source_width = None if aligned is None else aligned.shape[-1]
+        self.output_axes = host.dim()
+        self._seen_dtype, self._seen_device = host.dtype, host.device
+
+    def _blend(self, h: Tensor, x: Tensor | None, measure: bool) -> tuple[Tensor, Tensor | None]:
+        """Runs the computing seeds; returns y and the native seeds' statistics.
+
+        Args:
+            h: The host's output, features last, [..., D].
+            x: The slot's input, [..., C], where a seed reads it or it is measured.
+            measure: Whether to measure.
+        """
+        y, stats = h, None
+        if (self._native or self._graphs) and self._reads_input and x is None:
+            raise ValueError(
+                f"slot {self.name!r}: a seed reads the slot's input, but this call has no "
+                "floating-point input with the tokens of the output"
+            )
+        if self._native:
+            params: list[Tensor] = []
+            for owner, name in self._param_slots:
+                tensor = owner[name]
+                assert tensor is not None
+                fits = tensor.dtype is torch.float32 or tensor.dtype is h.dtype
+                params.append(tensor if fits else tensor.to(h.dtype))
+            source = x if self._reads_input else None
+            y, stats = slot_forward(h, source, params, self._scalars, self._plan, measure)
+        for seed in self._graphs:
+            y = self._run_graph(seed, y, h, x, measure)
+        return y, stats
+
+    def _run_graph(
+        self, seed: int, y: Tensor, h: Tensor, x: Tensor | None, measure: bool
+    ) -> Tensor:
+        graft = self.graft(seed)
+        assert graft is not None and graft.network is not None and self.telemetry is not None
+        begin, end = self.bounds[seed]
+        source = x if graft.reads_input else h[..., begin:end]
+        assert source is not None
+        alpha_fwd, alpha_bwd, gamma = self._scalars[self._first_row + seed].tolist()
+        y, energy = run_seed(
+            graft.network,
+            y,
+            source,
+            begin,
+            (alpha_fwd, alpha_bwd, gamma),
+            graft.draw_seed + self.calls,
+            measure=measure,
+        )
+        if energy is not None:
+            self.telemetry.add_energy(seed, energy)
+        return y
+
+    # ---------------------------------------------------------------- telemetry
+
+    def _observe(self, h: Tensor, x: Tensor | None, result: Tensor, stats: Tensor | None) -> None:
+        """Measures one sampled forward; looks at tensors only, changes none.
+
+        Args:
+            h: The host's output, features last.
+            x: The slot's input, features last; None where no seed could read it.
+            result: What the slot returns, in the host's own layout.
+            stats: Statistics of the native seeds.
+        """
+        telemetry, step = self.telemetry, self._sampled_step
+        assert telemetry is not None and step is not None
+        if stats is not None:
+            telemetry.add_stats(self._native, stats)
+        others = [seed for seed in range(self.num_seeds) if seed not in self._native]
+        telemetry.add_idle(others, h)
+        for seed, state in enumerate(self._states):
+            graft = self.graft(seed)
+            if graft is not None and state.computes:
+                telemetry.mark_computed(seed)
+                if self._scalars[self._first_row + seed, 1] != 0:
+                    telemetry.watch_weights(seed, graft.parameters())
+        if not result.requires_grad:
+            return
+        probe = self._growth_probe(telemetry, h.device)
+        readable = x if self.source_width is not None else None
+        pending = None if probe is None else probe.observe(h, readable)
+        result.register_hook(
+            partial(_take_gradient, telemetry, self.channel_axis, probe, pending, step)
+        )
+
+    def _growth_probe(self, telemetry: SlotTelemetry, device: torch.device) -> GrowthProbe | None:
+        """The slot's probe for the seeds that are dormant now; None where there is none."""
+        assert self.width is not None
+        dormant = {
+            seed: self.bounds[seed]
+            for seed, state in enumerate(self._states)
+            if state == SeedLifecycleState.DORMANT
+        }
+        if not dormant:
+            telemetry.growth = None
+        elif telemetry.growth is None or telemetry.growth.dormant != dormant:
+            module = self.module
+            bias = module.bias is not None if isinstance(module, nn.Linear) else None
+            telemetry.growth = GrowthProbe(dormant, self.width, self.source_width, bias, device)
+        return telemetry.growth
+
+
+def _take_gradient(
+    telemetry: SlotTelemetry,
+    channel_axis: int | None,
+    probe: GrowthProbe | None,
+    pending: PendingScores | None,
+    step: int,
+    dy: Tensor,
+) -> None:
+    """Hook on a sampled output: takes in dL/dy and leaves it as it is."""
+    gradient = features_last(dy, channel_axis)
+    telemetry.add_output_gradient(gradient)
+    if probe is not None and pending is not None:
+        probe.complete(pending, gradient, step)

@@ -1,0 +1,140 @@
+"""Running the host's forward: when to look, at what, and what to notice if a slot stays silent."""
+
+import contextlib
+import warnings
+from collections.abc import Collection
+from collections.abc import Iterator
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from esper.kasmina.host_graph import node_names
+from esper.kasmina.host_graph import record_execution
+from esper.kasmina.layer import KasminaLayer
+from esper.kasmina.slots import SlotTable
+
+
+class Sampler:
+    """Decides for each forward what is observed; without anything to observe it only calls the host.
+
+    Args:
+        host: The user's model.
+        slots: Its slots.
+        enabled: Whether telemetry is sampled at all.
+        interval: Every how many training forwards it is sampled, from the first one.
+
+    Attributes:
+        training_forwards: Forwards in training mode with gradients so far.
+        sampled_forwards: Those of them that were sampled.
+        order: Modules in the order of execution of the first training forward; None before it.
+    """
+
+    def __init__(self, host: nn.Module, slots: SlotTable, enabled: bool, interval: int) -> None:
+        self.enabled = enabled
+        self._interval = interval
+        self.training_forwards = 0
+        self.sampled_forwards = 0
+        self.order: list[str] | None = None
+        self._unknown = {layer.name for layer in slots.values() if layer.width is None}
+        # torch fuses a whole encoder layer in inference, past the modules inside it.
+        self._fused = {
+            name: encoder
+            for encoder in host.modules()
+            if isinstance(encoder, nn.TransformerEncoderLayer)
+            for name, layer in slots.items()
+            if any(module is layer.module for module in encoder.modules())
+        }
+        self._warned: set[str] = set()
+
+    @property
+    def interval(self) -> int:
+        """Every how many training forwards telemetry is sampled."""
+        return self._interval
+
+    @interval.setter
+    def interval(self, value: int) -> None:
+        if value < 1:
+            raise ValueError(f"telemetry_interval is {value}, but it must be at least 1 forward")
+        self._interval = value
+
+    def forward(
+        self,
+        host: nn.Module,
+        slots: SlotTable,
+        active: Collection[str],
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+    ) -> object:
+        """Calls the host.
+
+        Args:
+            host: The user's model.
+            slots: Its slots.
+            active: Names of the slots with seeds that compute.
+            args: Positional inputs.
+            kwargs: Keyword inputs.
+        """
+        # Inside functorch transforms tensors have no values to look at.
+        training = (
+            host.training
+            and torch.is_grad_enabled()
+            and torch._C._functorch.peek_interpreter_stack() is None
+        )
+        sampled = training and self.enabled and self.training_forwards % self._interval == 0
+        self.training_forwards += training
+        record = training and self.order is None
+        if not (sampled or record or active or self._unknown):
+            return host(*args, **kwargs)
+        calls = {name: slots[name].calls for name in active}
+        with contextlib.ExitStack() as stack:
+            if sampled:
+                self.sampled_forwards += 1
+            for name, layer in slots.items():
+                encoder = self._fused.get(name)
+                # A hook would take the fused path from an encoder layer that runs in eval mode.
+                if name in self._unknown or (
+                    sampled and (name in active or encoder is None or encoder.training)
+                ):
+                    stack.enter_context(_observed(layer, sampled, self.sampled_forwards))
+            if any(name in self._fused for name in (*active, *self._unknown)):
+                stack.enter_context(_fused_path_off())
+            if record:
+                self.order = stack.enter_context(record_execution(host, node_names(host, slots)))
+            output = host(*args, **kwargs)
+        self._unknown = {name for name in self._unknown if slots[name].width is None}
+        if training:
+            for name, before in calls.items():
+                if slots[name].calls == before:
+                    self._report_missed(slots[name])
+        return output
+
+    def _report_missed(self, layer: KasminaLayer) -> None:
+        layer.missed_steps += 1
+        if layer.name not in self._warned:
+            self._warned.add(layer.name)
+            warnings.warn(
+                f"slot {layer.name!r} has a seed that should compute, but its module did not run "
+                "in this training forward; such forwards are counted as missed_steps",
+                stacklevel=5,
+            )
+
+
+@contextlib.contextmanager
+def _observed(layer: KasminaLayer, sampled: bool, step: int) -> Iterator[None]:
+    layer.begin_observation(step if sampled else None)
+    try:
+        yield
+    finally:
+        layer.end_observation()
+
+
+@contextlib.contextmanager
+def _fused_path_off() -> Iterator[None]:
+    """Keeps encoders from packing their inputs into nested tensors, which no slot can work on."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -1,0 +1,256 @@
+"""Where in a host slots can sit, and which of those places a user has asked for."""
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from esper.common.v1 import kernel_pb2
+
+DEFAULT_TYPES: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.MultiheadAttention,
+    nn.LayerNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.Embedding,
+)
+"""Module types that become slots where the user names none."""
+
+Target = type[nn.Module] | str
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place that a slot can sit on.
+
+    Attributes:
+        name: FQN of the module in the host; the first one of a shared module.
+        module: The module itself.
+        kind: What sort of place it is.
+        channel_axis: Axis of the output's features; None where it is the last one.
+        width: Number of the output's features; None until a forward tells it.
+        source_width: Number of features of the module's input; None until a forward tells it, or
+            where the input can feed no seed because its token axes are not those of the output.
+    """
+
+    name: str
+    module: nn.Module
+    kind: kernel_pb2.SlotKind
+    channel_axis: int | None
+    width: int | None
+    source_width: int | None
+
+
+def chunk_bounds(width: int, num_seeds: int) -> tuple[tuple[int, int], ...]:
+    """Cuts features into contiguous chunks whose widths differ by at most one.
+
+    Args:
+        width: Number of features, at least ``num_seeds``.
+        num_seeds: Number of chunks, at least 1.
+
+    Returns:
+        Half-open (begin, end) of each chunk; the wider chunks come first.
+    """
+    base, wider = divmod(width, num_seeds)
+    bounds: list[tuple[int, int]] = []
+    begin = 0
+    for seed in range(num_seeds):
+        end = begin + base + (seed < wider)
+        bounds.append((begin, end))
+        begin = end
+    return tuple(bounds)
+
+
+def find_sites(host: nn.Module, target_layers: Sequence[Target] | Target | None) -> list[Site]:
+    """Returns the sites that the user's targets name, in the host's order of registration.
+
+    Args:
+        host: The user's model.
+        target_layers: Module types, FQNs and globs over FQNs (``*``, ``?``, ``[...]``; a ``*``
+            also crosses dots) in any mix; None takes ``DEFAULT_TYPES``. A shared module counts once.
+
+    Raises:
+        ValueError: If a target matches nothing, names a module that is never called, or no site is
+            left.
+    """
+    targets = _as_targets(target_layers)
+    names = {name: module for name, module in host.named_modules(remove_duplicate=False) if name}
+    uncalled = _uncalled(host)
+    chosen: set[nn.Module] = set()
+    for target in targets:
+        if isinstance(target, str):
+            chosen.update(_match_name(target, names, uncalled))
+        else:
+            matches = {m for m in names.values() if isinstance(m, target) and m not in uncalled}
+            if not matches and target_layers is not None:
+                raise ValueError(
+                    f"target_layers has {target.__name__}, but no module of the model is one"
+                )
+            chosen.update(matches)
+    sites = [
+        _describe(name, module)
+        for name, module in host.named_modules()
+        if name and module in chosen
+    ]
+    if not sites:
+        raise ValueError(
+            f"target_layers is {target_layers!r}, but {type(host).__name__} has no module below its "
+            "root that a slot could sit on; name one of its modules"
+        )
+    return sites
+
+
+def _as_targets(target_layers: Sequence[Target] | Target | None) -> tuple[Target, ...]:
+    if target_layers is None:
+        return DEFAULT_TYPES
+    if isinstance(target_layers, str | type):
+        target_layers = (target_layers,)
+    targets = tuple(target_layers)
+    for target in targets:
+        if isinstance(target, str) and target:
+            continue
+        if isinstance(target, type) and issubclass(target, nn.Module):
+            continue
+        raise ValueError(
+            f"target_layers has {target!r}, but it must hold module types, names or globs"
+        )
+    if not targets:
+        raise ValueError("target_layers is empty, but it must name at least one layer")
+    return targets
+
+
+def _uncalled(host: nn.Module) -> set[nn.Module]:
+    """Modules that hold parameters or children but whose ``forward`` nobody calls."""
+    uncalled: set[nn.Module] = set()
+    for module in host.modules():
+        # Attention hands the weights of its projections to a functional.
+        if isinstance(module, nn.MultiheadAttention):
+            uncalled.update(child for child in module.modules() if child is not module)
+        if type(module).forward is nn.Module.forward:  # containers such as ModuleList
+            uncalled.add(module)
+        if hasattr(module, "parametrizations"):
+            uncalled.update(module.parametrizations.modules())
+    return uncalled
+
+
+def _match_name(
+    pattern: str, names: dict[str, nn.Module], uncalled: set[nn.Module]
+) -> Iterable[nn.Module]:
+    if pattern in names:
+        if names[pattern] in uncalled:
+            raise ValueError(
+                f"target_layers has {pattern!r}, but a {type(names[pattern]).__name__} there is "
+                "never called as a module, so a seed in it could not act"
+            )
+        return [names[pattern]]
+    matches = [
+        module
+        for name, module in names.items()
+        if fnmatch.fnmatchcase(name, pattern) and module not in uncalled
+    ]
+    if not matches:
+        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+        hint = f"; near names: {', '.join(near)}" if near else ""
+        raise ValueError(f"target_layers has {pattern!r}, but no module has such a name{hint}")
+    return matches
+
+
+def _describe(name: str, module: nn.Module) -> Site:
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise ValueError(
+            f"target_layers has {name!r}, but its parameters are not initialized; run one forward "
+            "of the model before it is wrapped"
+        )
+    kind = kernel_pb2.SLOT_KIND_BLOCK
+    axis: int | None = None
+    width: int | None = None
+    source: int | None = None
+    if isinstance(module, nn.Linear):
+        kind, width, source = kernel_pb2.SLOT_KIND_LINEAR, module.out_features, module.in_features
+    elif isinstance(module, _ConvNd):
+        kind, width = kernel_pb2.SLOT_KIND_CONV, module.out_channels
+        axis = -1 - len(module.kernel_size)  # counted from the end: inputs may be unbatched
+        source = module.in_channels if _keeps_size(module) else None
+    elif isinstance(module, nn.MultiheadAttention):
+        kind, width, source = kernel_pb2.SLOT_KIND_ATTENTION, module.embed_dim, module.embed_dim
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        kind = kernel_pb2.SLOT_KIND_NORM
+        width = source = module.normalized_shape[-1]
+    elif isinstance(module, _BatchNorm | _InstanceNorm):
+        kind, axis = kernel_pb2.SLOT_KIND_CHANNEL_NORM, 1
+        width = source = module.num_features
+    elif isinstance(module, nn.GroupNorm):
+        kind, axis = kernel_pb2.SLOT_KIND_CHANNEL_NORM, 1
+        width = source = module.num_channels
+    elif isinstance(module, nn.Embedding):
+        kind, width = kernel_pb2.SLOT_KIND_EMBEDDING, module.embedding_dim
+    return Site(name, module, kind, axis, width, source)
+
+
+def _keeps_size(conv: _ConvNd) -> bool:
+    """Whether every output position of a convolution has an input position of its own."""
+    if isinstance(conv, _ConvTransposeNd) or any(stride != 1 for stride in conv.stride):
+        return False
+    if conv.padding == "same":
+        return True
+    padding = [0] * len(conv.kernel_size) if conv.padding == "valid" else conv.padding
+    return all(
+        2 * int(pad) == dilation * (kernel - 1)
+        for pad, dilation, kernel in zip(padding, conv.dilation, conv.kernel_size, strict=True)
+    )
+
+
+def block_channel_axis(module: nn.Module, output_dim: int) -> int | None:
+    """Returns the feature axis of a block whose output has been seen.
+
+    Args:
+        module: A module of unknown make.
+        output_dim: Number of axes of its output.
+
+    Returns:
+        The channel axis where the block convolves images or sequences of that many axes and has
+        no layer that works features-last; otherwise None, the last axis.
+    """
+    ranks = {len(m.kernel_size) for m in module.modules() if isinstance(m, _ConvNd)}
+    features_last = any(
+        isinstance(m, nn.LayerNorm | nn.MultiheadAttention | nn.Embedding) for m in module.modules()
+    )
+    return -(output_dim - 1) if output_dim - 2 in ranks and not features_last else None
+
+
+def host_flops_per_token(module: nn.Module) -> int | None:
+    """Returns the forward cost of a module for one token of its output, 2 per multiply-add.
+
+    Biases and elementwise work count as zero, as ``torch.utils.flop_counter`` counts. None where
+    the cost cannot be read off the module.
+    """
+    if isinstance(module, nn.Linear):
+        return 2 * module.in_features * module.out_features
+    if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
+        window = 1
+        for size in module.kernel_size:
+            window *= size
+        return 2 * (module.in_channels // module.groups) * window * module.out_channels
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm | _BatchNorm | nn.Embedding):
+        return 0
+    return None
+
+
+def parameter_dtype(module: nn.Module) -> torch.dtype | None:
+    """Returns the type of a module's first floating-point parameter; None where it has none."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return None
