@@ -1,11 +1,11 @@
 """Build steps that pyproject.toml cannot express: generated contracts and the native core.
 
 `python setup.py build_protos` writes the protobuf and gRPC code of proto/ into esper/<name>/v1/.
-`python setup.py build_ext --inplace` compiles csrc/ into esper/_C.*.so; ninja rebuilds only what changed.
+`python setup.py build_ext --inplace` compiles csrc/ into esper/_C.*.so, only what has changed.
 Both also run as part of every wheel and editable install.
 
 Environment:
-    ESPER_CUDA: `auto` (default: on when nvcc is found), `0` or `1`. Never depends on a GPU being present.
+    ESPER_CUDA: `auto` (default: on when nvcc is found), `0` or `1`; a GPU is never asked for.
     CUDA_HOME: where the CUDA toolkit is; else nvcc on PATH, else /usr/local/cuda.
     CXX: the C++ compiler, default g++.
     MAX_JOBS: compile jobs at once, default the number of cores.
@@ -66,13 +66,18 @@ def generate_protos() -> None:
         return
 
     if find_spec("grpc_tools") is None:
-        fail("grpcio-tools is needed to generate the contracts: run `pip install 'grpcio-tools>=1.85,<2'`.")
+        fail(
+            "generating the contracts needs grpcio-tools: "
+            "run `pip install 'grpcio-tools>=1.85,<2'`."
+        )
     import grpc_tools.protoc
 
     scripts = sysconfig.get_path("scripts")
-    plugin = shutil.which("protoc-gen-mypy_grpc", path=os.pathsep.join([scripts, os.environ["PATH"]]))
+    plugin = shutil.which(
+        "protoc-gen-mypy_grpc", path=os.pathsep.join([scripts, os.environ["PATH"]])
+    )
     if plugin is None:
-        fail("mypy-protobuf is needed to generate the gRPC types: run `pip install 'mypy-protobuf>=5'`.")
+        fail("generating the contracts needs mypy-protobuf: run `pip install 'mypy-protobuf>=5'`.")
     well_known = Path(grpc_tools.__file__).parent / "_proto"
     status = grpc_tools.protoc.main(
         [
@@ -153,7 +158,10 @@ def cuda_compiler() -> tuple[Path, Path] | None:
         return None
     # nvcc may be a wrapper script outside the toolkit, so it is asked where the toolkit is.
     dry_run = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=False
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     for line in dry_run.stderr.splitlines():
         if line.startswith("#$ TOP="):
@@ -176,17 +184,16 @@ def ninja_text(output: Path) -> str:
     for module in ("torch", "pybind11"):
         if find_spec(module) is None:
             fail(
-                f"{module} is not installed in the environment that builds; install it first and use "
-                "`pip install --no-build-isolation -e .`, or run `make setup`."
+                f"{module} is not installed in the environment that builds; install it first and "
+                "use `pip install --no-build-isolation -e .`, or run `make setup`."
             )
     import pybind11
     import torch
     from torch.utils import cpp_extension
 
     cxx = os.environ.get("CXX", "g++")
-    compiler = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False)
-    if compiler.returncode != 0:
-        fail(f"the C++ compiler {cxx!r} does not run; set CXX to a compiler with C++20.")
+    if shutil.which(cxx) is None:
+        fail(f"the C++ compiler {cxx!r} is not there; set CXX to a compiler with C++20.")
     cuda = cuda_compiler()
     defines = [
         f'-DESPER_TORCH_VERSION=\\"{torch.__version__}\\"',
@@ -194,7 +201,11 @@ def ninja_text(output: Path) -> str:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE",
     ]
-    includes = [pybind11.get_include(), *cpp_extension.include_paths(), sysconfig.get_path("include")]
+    includes = [
+        pybind11.get_include(),
+        *cpp_extension.include_paths(),
+        sysconfig.get_path("include"),
+    ]
     cxxflags = [
         "-std=c++20 -O3 -g0 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno",
         "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi",
@@ -221,12 +232,12 @@ def ninja_text(output: Path) -> str:
     objects = []
     if cuda:
         nvcc, toolkit = cuda
-        archs = [f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
-        archs.append(f"-gencode arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
+        flags = ["-std=c++20", "-O3", "-Xcompiler -fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
+        flags += [f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
+        flags.append(f"-gencode arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
         lines += [
             "rule nvcc",
-            f"  command = {nvcc} -MMD -MF $out.d -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden "
-            f"-I{ROOT / 'csrc'} {' '.join(archs)} -c $in -o $out",
+            f"  command = {nvcc} -MMD -MF $out.d {' '.join(flags)} -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = NVCC $in",
@@ -241,12 +252,16 @@ def ninja_text(output: Path) -> str:
         target = f"{source.relative_to(ROOT).as_posix()}.o"
         lines.append(f"build {target}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}")
         objects.append(target)
-    lines += [f"build {output.name}: link {' '.join(objects)}", f"  libs = {' '.join(libraries)}", ""]
+    lines += [
+        f"build {output.name}: link {' '.join(objects)}",
+        f"  libs = {' '.join(libraries)}",
+        "",
+    ]
     return "\n".join(lines)
 
 
 class BuildNative(build_ext):
-    """Compiles csrc/ with ninja in one fixed folder, so that editable installs are incremental too."""
+    """Compiles csrc/ with ninja in one fixed folder: editable installs are incremental too."""
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()

@@ -18,7 +18,8 @@ class BuildInfo:
 
     Attributes:
         torch_version: Full version of the torch that it was compiled against, such as `2.13.0+cpu`.
-        cuda_archs: Compute capabilities with machine code, such as `("80", "90")`; empty without CUDA.
+        cuda_archs: Compute capabilities with machine code, such as `("80", "90")`; empty without
+            CUDA.
         compiler: Name and version of the C++ compiler.
         cpu_capability: Instruction set that the CPU kernels use in this process.
     """
@@ -35,7 +36,7 @@ class BuildInfo:
 
 
 def recorded_torch(library: Path) -> str | None:
-    """Returns the torch version that a built library names, without loading it; None where it names none."""
+    """Returns the torch version that a library names, without loading it; None without one."""
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start = data.find(_MARKER)
         if start < 0:
@@ -59,8 +60,8 @@ def check_library(library: Path | None, running: str) -> None:
     built = recorded_torch(library)
     if built is None or built.partition("+")[0] != running.partition("+")[0]:
         raise ImportError(
-            f"esper's native core was built against torch {built} but torch {running} is installed: "
-            f"{_REMEDY}."
+            f"esper's native core was built against torch {built} but torch {running} is "
+            f"installed: {_REMEDY}."
         )
 
 

@@ -4,13 +4,13 @@ With `h` the slot's output, `C_s` the chunk of seed s and `src` its source, one 
 
     y[..., C_s] = h[..., C_s] + alpha_fwd_s * g_s(src)
 
-for all computing seeds of a slot, where g_s is a bottleneck `act(src A + a) B + b`, the same with a gate
-`(act(src A + a) * (src G + c)) B + b`, or affine `w * src + b`. Backward sends `dy` to `h` unchanged,
-`alpha_bwd_s * dg/dparams` to the seed's parameters and `gamma_s * dg/dsrc` to its source. Where every gamma
-is 0 the gradient of `h` is `dy` itself; parameters of a seed whose alpha_bwd is 0 get no gradient at all, so
-that an optimizer leaves them alone. (A graph traced by torch.compile must hold for every later value of the
-scalars, so there they get zeros.) A token for which g_s is not finite keeps `h` in that chunk and takes no
-part in any gradient.
+for all computing seeds of a slot, where g_s is a bottleneck `act(src A + a) B + b`, the same with a
+gate `(act(src A + a) * (src G + c)) B + b`, or affine `w * src + b`. Backward sends `dy` to `h`
+unchanged, `alpha_bwd_s * dg/dparams` to the seed's parameters and `gamma_s * dg/dsrc` to its
+source. Where every gamma is 0 the gradient of `h` is `dy` itself; parameters of a seed whose
+alpha_bwd is 0 get no gradient at all, so that an optimizer leaves them alone. (A graph traced by
+torch.compile must hold for every later value of the scalars, so there they get zeros.) A token for
+which g_s is not finite keeps `h` in that chunk and takes no part in any gradient.
 """
 
 from collections.abc import Callable
@@ -40,13 +40,13 @@ class SeedPlan:
 
     Attributes:
         row: Row of the seed in `scalars`.
-        offset: First feature of its chunk. The seeds of a slot come in ascending order without overlap.
+        offset: First feature of its chunk. Seeds come in ascending order without overlap.
         width: Features of its chunk, d.
         source: `output` (its chunk of h, S = d) or `input` (the slot's input x, S = D_in).
         family: `bottleneck` or `affine`.
         first_param: Index of its first tensor in `params`. Its tensors are, in this order, those in
-            parentheses where the seed has them: A [S, r], (a [r]), (G [S, r]), (c [r]), B [r, d], (b [d]);
-            of an affine seed w [d], (b [d]).
+            parentheses where the seed has them: A [S, r], (a [r]), (G [S, r]), (c [r]), B [r, d],
+            (b [d]); of an affine seed w [d], (b [d]).
         activation: One of `ACTIVATIONS`; `identity` for affine.
         rank: Width r of the hidden layer, from 1 up; 0 for affine.
         gated: Whether it has a gate G.
@@ -72,7 +72,9 @@ class SeedPlan:
     def num_params(self) -> int:
         """How many tensors of `params` are this seed's."""
         bottleneck = self.family == "bottleneck"
-        return 1 + bottleneck + sum((self.gated, self.hidden_bias, self.gate_bias, self.output_bias))
+        return (
+            1 + bottleneck + sum((self.gated, self.hidden_bias, self.gate_bias, self.output_bias))
+        )
 
     def pack(self) -> list[int]:
         """Returns the seed's record of the plan, in the order of `_C.PLAN_FIELDS`.
@@ -114,14 +116,14 @@ def slot_forward(
         h: The slot's output, [..., D], in float32, float64, bfloat16 or float16.
         x: The slot's input, [..., D_in] with as many tokens; None where no seed reads it.
         params: The seeds' tensors, of float32 or the type of `h`.
-        scalars: alpha_fwd, alpha_bwd and gamma, [rows, 3] in float32 on the CPU. Read during the call, also
-            for the backward pass that belongs to it.
+        scalars: alpha_fwd, alpha_bwd and gamma, [rows, 3] in float32 on the CPU. Read during the
+            call, also for the backward pass that belongs to it.
         plan: The packed `SeedPlan` of each computing seed, one after the other.
         telemetry: Whether to measure the chunks.
 
     Returns:
-        y [..., D], contiguous, and the statistics [seeds, len(_C.STATS_COLUMNS)] in float64, with no rows
-        where `telemetry` is False.
+        y [..., D], contiguous, and the statistics [seeds, len(_C.STATS_COLUMNS)] in float64, with
+        no rows where `telemetry` is False.
 
     Raises:
         ValueError: Where an argument does not fit the others; says which.
@@ -150,7 +152,7 @@ class _ScaleGrad(torch.autograd.Function):
 
 
 def scale_grad(tensor: Tensor, scale: float) -> Tensor:
-    """Returns `tensor` as it is, with its gradient multiplied by `scale`; none is sent where that is 0."""
+    """Returns `tensor` as it is, its gradient times `scale`; none is sent where that is 0."""
     apply: Callable[[Tensor, float], Tensor] = _ScaleGrad.apply
     return apply(tensor, scale)
 
@@ -195,7 +197,7 @@ def _fake_backward(
 def _records(
     tokens: int, x: Tensor | None, scalars: Tensor, plan: Sequence[int]
 ) -> list[tuple[int, int, bool, tuple[float, float, float]]]:
-    """For each seed: multiply-adds src -> hidden and hidden -> g, whether it reads x, and its scalars."""
+    """For each seed: multiply-adds into hidden and into g, whether it reads x, and its scalars."""
     records = []
     for start in range(0, len(plan), PLAN_WIDTH):
         row, _, width, source, family, _, gated, rank, _, _ = plan[start : start + PLAN_WIDTH]
