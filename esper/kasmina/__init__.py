@@ -4,6 +4,7 @@ from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.lifecycle import SeedLifecycleState
 from esper.kasmina.model import MorphableModel
 from esper.kasmina.model import Transition
+from esper.kasmina.sites import SlotState
 from esper.kasmina.wrapping import unwrap
 from esper.kasmina.wrapping import wrap
 
@@ -11,6 +12,8 @@ __all__ = [
     "KasminaLayer",
     "MorphableModel",
     "SeedLifecycleState",
+    "SlotState",
+    "SlotState",
     "Transition",
     "unwrap",
     "wrap",

@@ -1,4 +1,4 @@
-"""The kernels that a model has seen, ready to be planted again without fetching or checking them."""
+"""The kernels that a model has seen, ready to be planted again without a fetch or a check."""
 
 from collections import Counter
 from collections import OrderedDict

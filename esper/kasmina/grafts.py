@@ -18,17 +18,6 @@ from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
 from esper.kasmina.ops import SeedPlan
 
-DTYPES = {
-    torch.float32: kernel_pb2.DATA_TYPE_FLOAT32,
-    torch.float64: kernel_pb2.DATA_TYPE_FLOAT64,
-    torch.bfloat16: kernel_pb2.DATA_TYPE_BFLOAT16,
-    torch.float16: kernel_pb2.DATA_TYPE_FLOAT16,
-}
-DEVICE_CLASSES = {
-    "cpu": kernel_pb2.DEVICE_CLASS_CPU,
-    "cuda": kernel_pb2.DEVICE_CLASS_CUDA,
-}
-
 _ACTIVATIONS = {
     kernel_pb2.ACTIVATION_IDENTITY: "identity",
     kernel_pb2.ACTIVATION_RELU: "relu",
@@ -38,10 +27,33 @@ _ACTIVATIONS = {
 }
 
 
-def check_fit(
+def check_fit(kernel: kernel_pb2.Kernel, wanted: kernel_pb2.KernelSignature) -> None:
+    """Checks that a kernel has the widths and the layout of a place.
+
+    Args:
+        kernel: A sound kernel.
+        wanted: Signature of the place for the kernel's source.
+
+    Raises:
+        BlueprintError: If it does not fit; names field, value and rule.
+    """
+    given = kernel.signature
+    for field in ("chunk_width", "source_width"):
+        _check_equal(field, getattr(given, field), getattr(wanted, field))
+    # The native families work on features wherever they are; a graph was made for one layout.
+    is_graph = kernel.WhichOneof("lowering") == "graph"
+    if is_graph and (given.slot_kind in CHANNEL_KINDS) != (wanted.slot_kind in CHANNEL_KINDS):
+        raise BlueprintError(
+            "signature.slot_kind",
+            kernel_pb2.SlotKind.Name(given.slot_kind),
+            f"must lay features out as the slot's {kernel_pb2.SlotKind.Name(wanted.slot_kind)}",
+        )
+
+
+def check_target(
     kernel: kernel_pb2.Kernel, wanted: kernel_pb2.KernelSignature, output_axes: int | None
 ) -> None:
-    """Checks that a kernel fits a place.
+    """Checks that a kernel was made for what a place computes with.
 
     Args:
         kernel: A sound kernel.
@@ -49,40 +61,30 @@ def check_fit(
         output_axes: Number of axes of the slot's output; None where none has been seen.
 
     Raises:
-        BlueprintError: If it does not fit; names field, value and rule.
+        BlueprintError: If it was not; names field, value and rule.
     """
     given = kernel.signature
-    rules = (
-        ("chunk_width", given.chunk_width, wanted.chunk_width),
-        ("source_width", given.source_width, wanted.source_width),
-        (
-            "dtype",
-            kernel_pb2.DataType.Name(given.dtype),
-            kernel_pb2.DataType.Name(wanted.dtype),
-        ),
-        (
-            "device_class",
-            kernel_pb2.DeviceClass.Name(given.device_class),
-            kernel_pb2.DeviceClass.Name(wanted.device_class),
-        ),
+    _check_equal(
+        "dtype", kernel_pb2.DataType.Name(given.dtype), kernel_pb2.DataType.Name(wanted.dtype)
     )
-    for field, value, expected in rules:
-        if value != expected:
-            raise BlueprintError(f"signature.{field}", value, f"must be the seed's {expected}")
+    _check_equal(
+        "device_class",
+        kernel_pb2.DeviceClass.Name(given.device_class),
+        kernel_pb2.DeviceClass.Name(wanted.device_class),
+    )
     if kernel.WhichOneof("lowering") != "graph":
-        return  # the native families work on features wherever they are
-    if (given.slot_kind in CHANNEL_KINDS) != (wanted.slot_kind in CHANNEL_KINDS):
-        raise BlueprintError(
-            "signature.slot_kind",
-            kernel_pb2.SlotKind.Name(given.slot_kind),
-            f"must lay features out as the slot's {kernel_pb2.SlotKind.Name(wanted.slot_kind)}",
-        )
+        return
     num_axes = len(kernel.graph.graph.inputs[0].shape.dims)
     if num_axes > 2 and num_axes != output_axes:  # two axes are tokens: any number is flattened
         seen = "never seen; run a forward first" if output_axes is None else f"{output_axes} axes"
         raise BlueprintError(
             "graph.inputs[0].shape", f"{num_axes} axes", f"must fit the slot's output: {seen}"
         )
+
+
+def _check_equal(field: str, given: int | str, wanted: int | str) -> None:
+    if given != wanted:
+        raise BlueprintError(f"signature.{field}", given, f"must be the seed's {wanted}")
 
 
 def check_parameters(kernel: kernel_pb2.Kernel, weights: Mapping[str, Tensor] | None) -> None:
@@ -202,7 +204,8 @@ class Graft(nn.Module):
     @property
     def reads_input(self) -> bool:
         """Whether the kernel reads the slot's input instead of its own chunk of the output."""
-        return self.kernel.signature.source == blueprint_pb2.SEED_SOURCE_INPUT
+        source: blueprint_pb2.SeedSource = self.kernel.signature.source
+        return source == blueprint_pb2.SEED_SOURCE_INPUT
 
 
 def _draw_seed(digest: str, place: Place) -> int:

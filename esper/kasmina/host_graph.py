@@ -7,11 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from esper.common.v1 import kernel_pb2
 from esper.common.v1 import signal_pb2
-from esper.kasmina.grafts import DEVICE_CLASSES
-from esper.kasmina.grafts import DTYPES
-from esper.kasmina.layer import KasminaLayer
+from esper.kasmina.places import slot_info
 from esper.kasmina.slots import SlotTable
 
 
@@ -78,22 +75,3 @@ def host_graph(
         setattr(edge, "from", source)  # a keyword of Python
     graph.digest = hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()
     return graph
-
-
-def slot_info(layer: KasminaLayer) -> signal_pb2.SlotInfo:
-    """Returns what the plane is told about a slot."""
-    info = signal_pb2.SlotInfo(
-        kind=layer.kind,
-        chunk_widths=[end - begin for begin, end in layer.bounds],
-        dtype=kernel_pb2.DATA_TYPE_UNSPECIFIED,
-        device_class=kernel_pb2.DEVICE_CLASS_UNSPECIFIED,
-    )
-    if layer.dtype in DTYPES:
-        info.dtype = DTYPES[layer.dtype]
-    if layer.device is not None and layer.device.type in DEVICE_CLASSES:
-        info.device_class = DEVICE_CLASSES[layer.device.type]
-    if layer.width is not None:
-        info.width = layer.width
-    if layer.source_width is not None:
-        info.source_width = layer.source_width
-    return info

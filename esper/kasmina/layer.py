@@ -10,12 +10,8 @@ from torch import Tensor
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
-from esper.kasmina.grafts import DEVICE_CLASSES
-from esper.kasmina.grafts import DTYPES
 from esper.kasmina.grafts import Graft
-from esper.kasmina.grafts import Place
 from esper.kasmina.growth import GrowthProbe
 from esper.kasmina.growth import PendingScores
 from esper.kasmina.lifecycle import SeedLifecycleState
@@ -25,7 +21,9 @@ from esper.kasmina.outputs import find_tensor
 from esper.kasmina.outputs import replace_tensor
 from esper.kasmina.outputs import restore_layout
 from esper.kasmina.reference import run_seed
+from esper.kasmina.sites import OutputPath
 from esper.kasmina.sites import Site
+from esper.kasmina.sites import SlotState
 from esper.kasmina.sites import block_channel_axis
 from esper.kasmina.sites import chunk_bounds
 from esper.kasmina.sites import parameter_dtype
@@ -52,6 +50,10 @@ class KasminaLayer(nn.Module):
         width: Features of the output; None until a forward has told it.
         source_width: Features of the input; None where no seed can read it, or not told yet.
         output_axes: Number of axes of the output; None until a forward has told it.
+        output_path: Where in the output the slot's tensor is, see ``SlotState``; None until a
+            forward has told it.
+        tokens_per_sample: Rows of the output for each sample of the batch, in the forward observed
+            last; None before.
         bounds: Half-open feature range of each seed's chunk; empty until the width is known.
         grafts: The planted kernels by seed.
         telemetry: What the slot has shown; None until the width is known.
@@ -68,6 +70,8 @@ class KasminaLayer(nn.Module):
         self.source_width = site.source_width
         self.width: int | None = None
         self.output_axes: int | None = None
+        self.output_path: OutputPath | None = None
+        self.tokens_per_sample: float | None = None
         self.bounds: tuple[tuple[int, int], ...] = ()
         self.grafts = nn.ModuleDict()
         self.telemetry: SlotTelemetry | None = None
@@ -87,6 +91,7 @@ class KasminaLayer(nn.Module):
         self._reads_input = False
         self._handle: RemovableHandle | None = None
         self._sampled_step: int | None = None
+        self._num_rows = 0  # of the forward that runs
         if site.width is not None:
             self._set_width(site.width)
 
@@ -128,69 +133,54 @@ class KasminaLayer(nn.Module):
         assert isinstance(graft, Graft)
         return graft
 
-    def place(self, seed: int) -> Place:
-        """Returns where a graft of a seed goes, once type and device are known."""
-        assert self.dtype is not None and self.device is not None
-        return Place(self.name, seed, self.dtype, self.device)
-
-    def signature(self, seed: int, source: blueprint_pb2.SeedSource) -> kernel_pb2.KernelSignature:
-        """Returns what a kernel must fit to be planted in a seed.
-
-        Args:
-            seed: Index of the seed.
-            source: What the kernel reads.
-
-        Raises:
-            ValueError: If the place is not known yet, or no kernel can fit it.
-        """
-        if self.width is None:
-            raise ValueError(
-                f"slot {self.name!r} has no known width; run one forward of the wrapped model first"
-            )
-        begin, end = self.bounds[seed]
-        if source == blueprint_pb2.SEED_SOURCE_OUTPUT:
-            source_width = end - begin
-        elif source == blueprint_pb2.SEED_SOURCE_INPUT:
-            if self.source_width is None:
-                raise ValueError(
-                    f"source is INPUT, but the input of slot {self.name!r} is not known to be a "
-                    "floating-point tensor with the tokens of its output"
-                )
-            source_width = self.source_width
-        else:
-            raise ValueError(f"source is {source}, but it must be OUTPUT or INPUT")
-        dtype, device = self.dtype, self.device
-        if dtype not in DTYPES:
-            known = ", ".join(str(known) for known in DTYPES)
-            raise ValueError(f"slot {self.name!r} is of type {dtype}, but it must be {known}")
-        if device is None or device.type not in DEVICE_CLASSES:
-            known = ", ".join(DEVICE_CLASSES)
-            raise ValueError(f"slot {self.name!r} is on {device}, but it must be on {known}")
-        return kernel_pb2.KernelSignature(
-            slot_kind=self.kind,
-            chunk_width=end - begin,
-            source_width=source_width,
-            source=source,
-            dtype=DTYPES[dtype],
-            device_class=DEVICE_CLASSES[device.type],
-        )
-
     def extra_repr(self) -> str:
         """Says where the slot sits."""
         kind = kernel_pb2.SlotKind.Name(self.kind).removeprefix("SLOT_KIND_").lower()
         return f"{self.name}, {kind}, width={self.width}, num_seeds={self.num_seeds}"
 
-    def _set_width(self, width: int) -> None:
-        if self.num_seeds > width:
+    def slot_state(self) -> SlotState:
+        """Returns what the slot has learnt of itself."""
+        return SlotState(
+            kind=self.kind,
+            width=self.width,
+            source_width=self.source_width,
+            channel_axis=self.channel_axis,
+            output_axes=self.output_axes,
+            output_path=self.output_path,
+        )
+
+    # ---------------------------------------------------------------- what changes it
+
+    def adopt(self, state: SlotState) -> None:
+        """Takes over what a slot of the same place has learnt.
+
+        Args:
+            state: What ``slot_state`` returned there.
+
+        Raises:
+            ValueError: If the slot has fewer features than seeds; nothing has changed.
+        """
+        self._set_width(state.width)
+        self.kind = state.kind
+        self.source_width = state.source_width
+        self.channel_axis = state.channel_axis
+        self.output_axes = state.output_axes
+        self.output_path = state.output_path
+
+    def assume(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Says what a slot without parameters computes in, until its first forward does."""
+        if self._seen_dtype is None:
+            self._seen_dtype, self._seen_device = dtype, device
+
+    def _set_width(self, width: int | None) -> None:
+        if width is not None and self.num_seeds > width:
             raise ValueError(
                 f"seeds_per_layer is {self.num_seeds}, but slot {self.name!r} has {width} features "
                 "and every seed must own at least one"
             )
         self.width = width
-        self.bounds = chunk_bounds(width, self.num_seeds)
-        self.telemetry = SlotTelemetry(self.bounds)
-
-    # ---------------------------------------------------------------- what changes it
+        self.bounds = () if width is None else chunk_bounds(width, self.num_seeds)
+        self.telemetry = None if width is None else SlotTelemetry(self.bounds)
 
     def bind(self, scalars: Tensor) -> None:
         """Points the layer at its model's bank; done before the first forward.
@@ -244,10 +234,17 @@ class KasminaLayer(nn.Module):
             sampled_step: Number of the step where telemetry is sampled; None where it is not.
         """
         self._sampled_step = sampled_step
+        self._num_rows = 0
         self._update_hook(wanted=True)
 
-    def end_observation(self) -> None:
-        """Ends it; an idle slot loses its hook again."""
+    def end_observation(self, num_samples: int | None) -> None:
+        """Ends it; an idle slot loses its hook again.
+
+        Args:
+            num_samples: Samples of the forward's batch; None where it failed or has none.
+        """
+        if num_samples and self._num_rows:
+            self.tokens_per_sample = self._num_rows / num_samples
         self._sampled_step = None
         self._update_hook()
 
@@ -286,7 +283,7 @@ class KasminaLayer(nn.Module):
         Raises:
             ValueError: If there is no h, or it has another width than before.
         """
-        found = ((), output) if isinstance(output, Tensor) else find_tensor(output)
+        found = find_tensor(output)
         if found is None:
             raise ValueError(f"slot {self.name!r}: the output holds no floating-point tensor")
         path, host = found
@@ -300,11 +297,12 @@ class KasminaLayer(nn.Module):
         sampled = self._sampled_step is not None
         x = self._input(args, kwargs) if self._reads_input or sampled else None
         if self.output_axes is None:
-            self._learn(host, self._input(args, kwargs))
+            self._learn(host, path, self._input(args, kwargs))
         h = features_last(host, self.channel_axis)
         if h.shape[-1] != self.width:
             raise ValueError(
-                f"slot {self.name!r}: the output has {h.shape[-1]} features, but it had {self.width}"
+                f"slot {self.name!r}: the output has {h.shape[-1]} features, but must have "
+                f"{self.width}"
             )
         if x is not None:
             x = self._aligned_input(x, host, h)
@@ -330,7 +328,7 @@ class KasminaLayer(nn.Module):
             x = features_last(x, self.channel_axis)
         return x if x.dim() > 0 and x.shape[:-1] == h.shape[:-1] else None
 
-    def _learn(self, host: Tensor, x: Tensor | None) -> None:
+    def _learn(self, host: Tensor, path: OutputPath, x: Tensor | None) -> None:
         """Takes from the first forward what the module itself does not tell."""
         if self.width is None and self.kind == kernel_pb2.SLOT_KIND_BLOCK:
             self.channel_axis = block_channel_axis(self.module, host.dim())
@@ -342,7 +340,7 @@ class KasminaLayer(nn.Module):
         if self.source_width is None and x is not None:
             aligned = self._aligned_input(x, host, h)
             self.source_width = None if aligned is None else aligned.shape[-1]
-        self.output_axes = host.dim()
+        self.output_axes, self.output_path = host.dim(), path
         self._seen_dtype, self._seen_device = host.dtype, host.device
 
     def _blend(self, h: Tensor, x: Tensor | None, measure: bool) -> tuple[Tensor, Tensor | None]:

@@ -21,6 +21,7 @@ on import.
 
 from enum import IntEnum
 from typing import Final
+from typing import cast
 
 from esper import _C
 from esper.common.v1 import lifecycle_pb2
@@ -70,7 +71,8 @@ class SeedLifecycleState(IntEnum):
 
 def to_proto(state: SeedLifecycleState) -> lifecycle_pb2.SeedState:
     """Returns the wire's number of a state, found by name."""
-    return lifecycle_pb2.SeedState.Value(f"SEED_STATE_{state.name}")
+    number = lifecycle_pb2.SeedState.Value(f"SEED_STATE_{state.name}")
+    return cast(lifecycle_pb2.SeedState, number)
 
 
 def from_proto(state: lifecycle_pb2.SeedState) -> SeedLifecycleState:

@@ -13,7 +13,7 @@ from collections.abc import MutableMapping
 import torch
 from torch import Tensor
 
-Path = tuple[int | str, ...]
+from esper.kasmina.sites import OutputPath
 
 
 def _children(output: object) -> Iterator[tuple[int | str, object]]:
@@ -26,22 +26,22 @@ def _children(output: object) -> Iterator[tuple[int | str, object]]:
             yield field.name, getattr(output, field.name)
 
 
-def find_tensor(output: object) -> tuple[Path, Tensor] | None:
+def find_tensor(output: object) -> tuple[OutputPath, Tensor] | None:
     """Returns path and value of the first floating-point tensor, depth first; None if none."""
     if isinstance(output, Tensor):
         return ((), output) if output.is_floating_point() else None
     for key, child in _children(output):
         found = find_tensor(child)
         if found is not None:
-            return (key, *found[0]), found[1]
+            return ((type(output).__name__, key), *found[0]), found[1]
     return None
 
 
-def replace_tensor(output: object, path: Path, tensor: Tensor) -> object:
+def replace_tensor(output: object, path: OutputPath, tensor: Tensor) -> object:
     """Returns a copy of ``output`` with the tensor at ``path`` replaced; types are kept."""
     if not path:
         return tensor
-    key, rest = path[0], path[1:]
+    (_, key), rest = path[0], path[1:]
     if isinstance(output, Mapping):
         clone = copy.copy(output)
         assert isinstance(clone, MutableMapping), f"{type(output).__name__} cannot be written to"

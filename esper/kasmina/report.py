@@ -75,7 +75,7 @@ def drain_signals(
             signal.alpha = bank.alpha(slot, seed)
         if flops is not None:
             signal.host_flops_per_token = flops
-        # Only the ramp has a length that is known here; the other stages are planned by the session.
+        # Only the ramp's length is known here; the session plans the other stages.
         ramp_done = bool(bank.progress()[bank.index(slot, seed)] >= 1.0)
         signal.ready_for_transition = state == SeedLifecycleState.GRAFTING and ramp_done
     return signals

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from torch import nn
 
 from esper.kasmina.host_graph import node_names
@@ -16,7 +17,7 @@ from esper.kasmina.slots import SlotTable
 
 
 class Sampler:
-    """Decides for each forward what is observed; without anything to observe it only calls the host.
+    """Decides for each forward what is observed; with nothing to observe it only calls the host.
 
     Args:
         host: The user's model.
@@ -86,6 +87,7 @@ class Sampler:
         record = training and self.order is None
         if not (sampled or record or active or self._unknown):
             return host(*args, **kwargs)
+        num_samples = _num_samples(args, kwargs)
         calls = {name: slots[name].calls for name in active}
         with contextlib.ExitStack() as stack:
             if sampled:
@@ -93,10 +95,10 @@ class Sampler:
             for name, layer in slots.items():
                 encoder = self._fused.get(name)
                 # A hook would take the fused path from an encoder layer that runs in eval mode.
-                if name in self._unknown or (
-                    sampled and (name in active or encoder is None or encoder.training)
-                ):
-                    stack.enter_context(_observed(layer, sampled, self.sampled_forwards))
+                plain = name in active or encoder is None or encoder.training
+                if name in self._unknown or ((sampled or record) and plain):
+                    step = self.sampled_forwards if sampled else None
+                    stack.enter_context(_observed(layer, step, num_samples))
             if any(name in self._fused for name in (*active, *self._unknown)):
                 stack.enter_context(_fused_path_off())
             if record:
@@ -121,12 +123,20 @@ class Sampler:
 
 
 @contextlib.contextmanager
-def _observed(layer: KasminaLayer, sampled: bool, step: int) -> Iterator[None]:
-    layer.begin_observation(step if sampled else None)
+def _observed(layer: KasminaLayer, step: int | None, num_samples: int | None) -> Iterator[None]:
+    layer.begin_observation(step)
     try:
         yield
     finally:
-        layer.end_observation()
+        layer.end_observation(num_samples)
+
+
+def _num_samples(args: tuple[object, ...], kwargs: Mapping[str, object]) -> int | None:
+    """Size of the batch: the first axis of the first tensor."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return len(value)
+    return None
 
 
 @contextlib.contextmanager

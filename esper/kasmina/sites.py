@@ -29,6 +29,7 @@ DEFAULT_TYPES: tuple[type[nn.Module], ...] = (
 """Module types that become slots where the user names none."""
 
 Target = type[nn.Module] | str
+OutputPath = tuple[tuple[str, int | str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,28 @@ class Site:
     channel_axis: int | None
     width: int | None
     source_width: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotState:
+    """What a slot has learnt of itself by its first forward.
+
+    Attributes:
+        kind: Sort of slot.
+        width: Features of the output; None while unknown.
+        source_width: Features of the input; None while unknown or where no seed can read it.
+        channel_axis: Axis of the output's features; None where it is the last.
+        output_path: Where the slot's tensor is in what its module returns: name of the container's
+            type and key, from the outside in; () for a tensor; None while unknown.
+        output_axes: Number of axes of the output; None while unknown.
+    """
+
+    kind: kernel_pb2.SlotKind
+    width: int | None
+    source_width: int | None
+    channel_axis: int | None
+    output_path: OutputPath | None
+    output_axes: int | None = None
 
 
 def chunk_bounds(width: int, num_seeds: int) -> tuple[tuple[int, int], ...]:
@@ -79,7 +102,8 @@ def find_sites(host: nn.Module, target_layers: Sequence[Target] | Target | None)
     Args:
         host: The user's model.
         target_layers: Module types, FQNs and globs over FQNs (``*``, ``?``, ``[...]``; a ``*``
-            also crosses dots) in any mix; None takes ``DEFAULT_TYPES``. A shared module counts once.
+            also crosses dots) in any mix; None takes ``DEFAULT_TYPES``. A shared module counts
+            once.
 
     Raises:
         ValueError: If a target matches nothing, names a module that is never called, or no site is
@@ -106,8 +130,8 @@ def find_sites(host: nn.Module, target_layers: Sequence[Target] | Target | None)
     ]
     if not sites:
         raise ValueError(
-            f"target_layers is {target_layers!r}, but {type(host).__name__} has no module below its "
-            "root that a slot could sit on; name one of its modules"
+            f"target_layers is {target_layers!r}, but {type(host).__name__} has no module below "
+            "its root that a slot could sit on; name one of its modules"
         )
     return sites
 
@@ -141,7 +165,7 @@ def _uncalled(host: nn.Module) -> set[nn.Module]:
         if type(module).forward is nn.Module.forward:  # containers such as ModuleList
             uncalled.add(module)
         if hasattr(module, "parametrizations"):
-            uncalled.update(module.parametrizations.modules())
+            uncalled.update(module.get_submodule("parametrizations").modules())
     return uncalled
 
 
@@ -205,10 +229,11 @@ def _keeps_size(conv: _ConvNd) -> bool:
         return False
     if conv.padding == "same":
         return True
-    padding = [0] * len(conv.kernel_size) if conv.padding == "valid" else conv.padding
+    if isinstance(conv.padding, str):  # "valid"
+        return all(kernel == 1 for kernel in conv.kernel_size)
     return all(
-        2 * int(pad) == dilation * (kernel - 1)
-        for pad, dilation, kernel in zip(padding, conv.dilation, conv.kernel_size, strict=True)
+        2 * pad == dilation * (kernel - 1)
+        for pad, dilation, kernel in zip(conv.padding, conv.dilation, conv.kernel_size, strict=True)
     )
 
 

@@ -6,9 +6,9 @@ from torch import nn
 
 from esper.kasmina.comparison import Original
 from esper.kasmina.model import MorphableModel
-from esper.kasmina.model import is_wrapped
 from esper.kasmina.sites import Target
 from esper.kasmina.sites import find_sites
+from esper.kasmina.slotted import is_wrapped
 
 
 def wrap(
@@ -55,7 +55,7 @@ def wrap(
     sites = find_sites(model, target_layers)
     original = Original(model) if preserve_original else None
     return MorphableModel(
-        model, sites, seeds_per_layer, cache_size_mb * 2**20, telemetry_enabled, original
+        model, sites, seeds_per_layer, telemetry_enabled, original, cache_size_mb * 2**20
     )
 
 

@@ -1,0 +1,289 @@
+"""A host with its slots: how it runs as a module, and everything that can be seen of it."""
+
+import copy
+import difflib
+import weakref
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Self
+from typing import cast
+from typing import overload
+
+import torch
+from torch import Tensor
+from torch import nn
+
+from esper import _C
+from esper.common.v1 import blueprint_pb2
+from esper.common.v1 import kernel_pb2
+from esper.common.v1 import signal_pb2
+from esper.kasmina.comparison import Original
+from esper.kasmina.grafts import Graft
+from esper.kasmina.host_graph import host_graph
+from esper.kasmina.layer import KasminaLayer
+from esper.kasmina.lifecycle import SeedLifecycleState
+from esper.kasmina.places import signature_of
+from esper.kasmina.report import drain_signals
+from esper.kasmina.report import layer_stats
+from esper.kasmina.sampling import Sampler
+from esper.kasmina.sites import Site
+from esper.kasmina.slots import SlotTable
+from esper.kasmina.stats import LayerStats
+
+# The wrapped model that each slot's module belongs to.
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref["SlottedModel"]]
+_OWNERS = weakref.WeakKeyDictionary()
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Returns whether a module carries a slot, of a live wrapped model or left hooked by one."""
+    owner = _OWNERS.get(module)
+    hooked = any(isinstance(hook, KasminaLayer) for hook in module._forward_hooks.values())
+    return hooked or (owner is not None and owner() is not None)
+
+
+class SlottedModel(nn.Module):
+    """A host with slots: how it runs, and what can be seen of it.
+
+    It is called like the host, and attributes that it does not have are looked up in the host.
+    Parameters and buffers are those of the host (``host.*``) and of the planted seeds
+    (``slots.*``).
+
+    Args:
+        host: The user's model.
+        sites: Where the slots sit.
+        seeds_per_layer: Seeds of each slot.
+        telemetry_enabled: Whether telemetry is sampled.
+        original: The host as it was, for ``compare_with_original``; None if it is not kept.
+
+    Attributes:
+        host: The user's model.
+        slots: The slots by the FQN of their module.
+    """
+
+    host: nn.Module
+    slots: SlotTable
+
+    def __init__(
+        self,
+        host: nn.Module,
+        sites: Sequence[Site],
+        seeds_per_layer: int,
+        telemetry_enabled: bool,
+        original: Original | None,
+    ) -> None:
+        super().__init__()
+        self._bank = _C.SeedBank([seeds_per_layer] * len(sites))
+        layers = [
+            KasminaLayer(site, seeds_per_layer, position * seeds_per_layer)
+            for position, site in enumerate(sites)
+        ]
+        self.host = host
+        self.slots = SlotTable(layers)
+        self._original = original
+        self._slot_index = {name: position for position, name in enumerate(self.slots)}
+        self._seeds = [(name, seed) for name in self.slots for seed in range(seeds_per_layer)]
+        self._active: dict[str, None] = {}  # slots with seeds that compute, in order of arrival
+        self._sampler = Sampler(host, self.slots, telemetry_enabled, interval=8)
+        self.training = host.training
+        for module in self.slots.modules():
+            module.training = host.training
+        self._bind()
+
+    # ---------------------------------------------------------------- as a module
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """Runs the host with its seeds; inputs and outputs are the host's."""
+        if torch.compiler.is_compiling():
+            return self.host(*args, **kwargs)
+        return self._sampler.forward(self.host, self.slots, self._active, args, kwargs)
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            host = self.__dict__.get("_modules", {}).get("host")
+            if host is None:
+                raise
+            return cast(Tensor | nn.Module, getattr(host, name))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        clone._bind()
+        return clone
+
+    def _bind(self) -> None:
+        """Points the slots at this model's bank, and notes whose they are."""
+        scalars = torch.from_numpy(self._bank.scalars())
+        for layer in self.slots.values():
+            layer.bind(scalars)
+            _OWNERS[layer.module] = weakref.ref(self)
+
+    def release(self) -> nn.Module:
+        """Removes every hook and gives up the host, which is returned; ends this model."""
+        host = self.host
+        for layer in self.slots.values():
+            layer.detach()
+            del _OWNERS[layer.module]
+        del self.host
+        return host
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        nn.Module._apply(self, fn, recurse)
+        if self._original is not None:
+            self._original.apply(fn)
+        return self
+
+    # ---------------------------------------------------------------- looking
+
+    @property
+    def bank(self) -> _C.SeedBank:
+        """The native seed bank; slots are numbered in the order of ``get_layer_names()``.
+
+        To be read, and saved by ``to_bytes()``; changes go through this class.
+        """
+        return self._bank
+
+    def get_layer_names(self) -> list[str]:
+        """Returns the names of all slots, in order."""
+        return list(self.slots)
+
+    def seed_state(self, slot: str, seed: int) -> SeedLifecycleState:
+        """Returns the state of a seed."""
+        return SeedLifecycleState(self._bank.state(*self._at(slot, seed)))
+
+    def seed_parameters(self, slot: str, seed: int) -> list[nn.Parameter]:
+        """Returns the parameters of a seed in the order of its kernel; none if it is empty."""
+        graft = self._graft(slot, seed)
+        return [] if graft is None else graft.ordered_parameters()
+
+    def kernel_of(self, slot: str, seed: int) -> kernel_pb2.Kernel | None:
+        """Returns the kernel that a seed holds."""
+        graft = self._graft(slot, seed)
+        return None if graft is None else graft.kernel
+
+    def signature(
+        self, slot: str, seed: int, source: blueprint_pb2.SeedSource
+    ) -> kernel_pb2.KernelSignature:
+        """Returns what a kernel must fit to be loaded into a seed.
+
+        Args:
+            slot: Name of the slot.
+            seed: Index of the seed.
+            source: What the kernel reads.
+
+        Raises:
+            ValueError: If the slot's width is not known before its first forward, its input can
+                feed no seed, or its type or device is not supported.
+        """
+        self._at(slot, seed)
+        return signature_of(self.slots[slot], seed, source)
+
+    def alpha(self, slot: str, seed: int) -> float:
+        """Returns the blend factor of a seed; 0 where it holds no kernel."""
+        return self._bank.alpha(*self._at(slot, seed))
+
+    def occupied_seeds(self) -> list[tuple[str, int]]:
+        """Returns (slot, seed) of every seed that holds a kernel, in order."""
+        return [(slot, seed) for slot, seed in self._seeds if self._graft(slot, seed) is not None]
+
+    def host_parameters(self, slot: str) -> list[nn.Parameter]:
+        """Returns the parameters of the module that a slot sits on, its children's included."""
+        self._at(slot, 0)
+        return list(self.slots[slot].module.parameters())
+
+    def num_parameters(self) -> int:
+        """Returns the number of trainable elements of host and seeds; tied ones count once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def host_graph(self) -> signal_pb2.HostGraph:
+        """Returns modules and slots as a graph; edges follow the first training forward."""
+        return host_graph(self.host, self.slots, self._sampler.order)
+
+    @overload
+    def get_layer_stats(self, name: str) -> LayerStats: ...
+
+    @overload
+    def get_layer_stats(self, name: None = None) -> dict[str, LayerStats]: ...
+
+    def get_layer_stats(self, name: str | None = None) -> LayerStats | dict[str, LayerStats]:
+        """Returns what is known of one slot, or of all by name."""
+        if name is None:
+            return {slot: self.get_layer_stats(slot) for slot in self.slots}
+        position, _ = self._at(name, 0)
+        return layer_stats(self.slots[name], self._bank, position)
+
+    def compare_with_original(self, *inputs: object) -> dict[str, float]:
+        """Compares the model with the host as it was when it was wrapped, both in eval mode.
+
+        Returns:
+            ``max_abs_difference``, ``max_rel_difference`` and ``cosine`` of the outputs.
+
+        Raises:
+            ValueError: If the original was not kept.
+        """
+        if self._original is None:
+            raise ValueError(
+                "preserve_original was False when the model was wrapped, so there is no original "
+                "to compare with"
+            )
+        return self._original.compare(self, inputs)
+
+    # ---------------------------------------------------------------- telemetry
+
+    @property
+    def telemetry_interval(self) -> int:
+        """Every how many training forwards telemetry is sampled; default 8."""
+        return self._sampler.interval
+
+    @telemetry_interval.setter
+    def telemetry_interval(self, value: int) -> None:
+        self._sampler.interval = value
+
+    @property
+    def telemetry_enabled(self) -> bool:
+        """Whether telemetry is sampled."""
+        return self._sampler.enabled
+
+    def enable_telemetry(self, enabled: bool) -> None:
+        """Turns sampling on or off."""
+        self._sampler.enabled = enabled
+
+    def collect_signals(self, epoch: int) -> list[signal_pb2.HealthSignal]:
+        """Returns what every seed has shown since the last call; what was not measured is absent.
+
+        Args:
+            epoch: Epoch that the figures cover, from 0.
+        """
+        return [
+            signal
+            for position, layer in enumerate(self.slots.values())
+            for signal in drain_signals(layer, self._bank, position, epoch)
+        ]
+
+    # ---------------------------------------------------------------- helpers
+
+    def _rebuild(self, slot: str) -> None:
+        layer = self.slots[slot]
+        layer.rebuild([self.seed_state(slot, seed) for seed in range(layer.num_seeds)])
+        if layer.computes:
+            self._active[slot] = None
+        else:
+            self._active.pop(slot, None)
+
+    def _graft(self, slot: str, seed: int) -> Graft | None:
+        self._at(slot, seed)
+        return self.slots[slot].graft(seed)
+
+    def _at(self, slot: str, seed: int) -> tuple[int, int]:
+        """The bank's numbers of a seed, checked."""
+        if slot not in self._slot_index:
+            near = difflib.get_close_matches(slot, self._slot_index, n=3, cutoff=0.4)
+            hint = f"; near names: {', '.join(near)}" if near else ""
+            raise ValueError(f"slot is {slot!r}, but the model has no such slot{hint}")
+        num_seeds = self.slots[slot].num_seeds
+        if not 0 <= seed < num_seeds:
+            raise ValueError(f"seed is {seed}, but slot {slot!r} has seeds 0 to {num_seeds - 1}")
+        return self._slot_index[slot], seed
