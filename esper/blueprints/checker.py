@@ -245,10 +245,9 @@ def check_graph(graph: blueprint_pb2.Graph, bindings: Mapping[str, int]) -> Chec
         shapes.append(inferred.output_shapes)
     final = (number[output[0]], output[1])
     output_shape = shapes[final[0]][final[1]]
-    _check_output(layout, input_shape, output_shape, bindings)
-    return CheckedGraph(
-        graph.inputs[0].source, layout, input_shape, tuple(nodes), final, output_shape
-    )
+    source = graph.inputs[0].source
+    _check_output(source, layout, input_shape, output_shape, bindings)
+    return CheckedGraph(source, layout, input_shape, tuple(nodes), final, output_shape)
 
 
 def _check_input(
@@ -420,20 +419,21 @@ def _infer(
 
 
 def _check_output(
-    layout: Layout, input_shape: Shape, output_shape: Shape, bindings: Mapping[str, int]
+    source: blueprint_pb2.SeedSource,
+    layout: Layout,
+    input_shape: Shape,
+    output_shape: Shape,
+    bindings: Mapping[str, int],
 ) -> None:
-    width = Size.symbol("D").bind(bindings)
     axis = layout.feature_axis
+    width = Size.symbol("D").bind(bindings)
+    if source == blueprint_pb2.SEED_SOURCE_OUTPUT:
+        width = input_shape[axis]
+    elif "D" not in bindings and len(output_shape) > axis:
+        # A number stands for D until lowering binds D and compares.
+        width = width if output_shape[axis].fixed is None else output_shape[axis]
     expected = (*input_shape[:axis], width, *input_shape[axis + 1 :])
-    rest = output_shape[:axis] + output_shape[axis + 1 :]
-    fits = len(output_shape) == len(input_shape) and rest == input_shape[:axis] + (
-        input_shape[axis + 1 :]
-    )
-    # A number stands for D until lowering binds D and compares.
-    unbound = "D" not in bindings
-    if not fits or not (
-        output_shape[axis] == width or (unbound and output_shape[axis].fixed is not None)
-    ):
+    if output_shape != expected:
         raise BlueprintError(
             "graph.outputs[0]",
             format_shape(output_shape),

@@ -149,7 +149,7 @@ def reference_module(kernel: kernel_pb2.Kernel, weights: Weights | None = None) 
         BlueprintError: Where the kernel's fields do not agree.
     """
     computed = check_kernel(kernel)
-    return ReferenceModule(computed, weights or _born(kernel))
+    return ReferenceModule(computed, _born(kernel) if weights is None else weights)
 
 
 def reference_from_blueprint(
@@ -171,7 +171,8 @@ def reference_from_blueprint(
         BlueprintError: Where the blueprint is unsound or does not fit the place.
     """
     lowered = lower_with_mapping(blueprint, signature)
-    return ReferenceModule(lowered.computation, weights or _born(lowered.kernel))
+    weights = _born(lowered.kernel) if weights is None else weights
+    return ReferenceModule(lowered.computation, weights)
 
 
 def _born(kernel: kernel_pb2.Kernel) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import esper
 from esper.blueprints.checker import Layout
+from esper.blueprints.digest import kernel_digest
 from esper.blueprints.init import init_parameters
 from esper.blueprints.init import torch_dtype
 from esper.blueprints.interpreter import ReferenceModule
@@ -81,6 +82,7 @@ class Verifier:
 
     def __init__(self, lowered: Lowered) -> None:
         self.kernel = lowered.kernel
+        self.digest = kernel_digest(lowered.kernel)
         self.computation = lowered.computation
         self.signature = lowered.kernel.signature
         self.native = lowered.kernel.WhichOneof("lowering") != "graph"
@@ -193,7 +195,8 @@ class Verifier:
     def _run_kernel(
         self, weights: dict[str, Tensor], h: Tensor, x: Tensor | None, dy: Tensor
     ) -> _Outcome:
-        graft = Graft(self.kernel, weights, Place("verification", 0, h.dtype, self.device))
+        place = Place("verification", 0, h.dtype, self.device)
+        graft = Graft(self.kernel, self.digest, weights, place)
         graft.eval()
         parameters = graft.ordered_parameters()
         h = h.detach().to(self.device).requires_grad_(True)
