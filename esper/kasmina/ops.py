@@ -160,7 +160,6 @@ def scale_grad(tensor: Tensor, scale: float) -> Tensor:
 # ---------------------------------------------------------------- tracing
 
 
-@torch.library.register_fake("esper::slot_forward")
 def _fake_forward(
     h: Tensor,
     x: Tensor | None,
@@ -173,7 +172,6 @@ def _fake_forward(
     return h.new_empty(h.shape), h.new_empty((rows, NUM_STATS), dtype=torch.float64)
 
 
-@torch.library.register_fake("esper::slot_backward")
 def _fake_backward(
     dy: Tensor,
     h: Tensor | None,
@@ -189,6 +187,10 @@ def _fake_backward(
         p.new_empty(p.shape if wanted else (0,)) for p, wanted in zip(params, need[2:], strict=True)
     ]
     return dh, dx, dparams
+
+
+torch.library.register_fake("esper::slot_forward", _fake_forward)
+torch.library.register_fake("esper::slot_backward", _fake_backward)
 
 
 # ---------------------------------------------------------------- counting

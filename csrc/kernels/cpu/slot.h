@@ -10,8 +10,11 @@
 
 namespace esper::cpu {
 
-// Tokens of one block. A block of source, hidden and output tiles of usual widths stays in L1 and L2.
+// Tokens of one block: what workers divide and what backward takes at once, so that the weights'
+// accumulators are read and written seldom. Forward takes fewer, as a row of h is read twice and rows that
+// lie a power of two apart fight for the same lines of L1.
 inline constexpr std::int64_t kBlock = 64;
+inline constexpr std::int64_t kForwardBlock = 32;
 
 // A seed whose matrices have rows padded with zeros to whole vectors ("_p" counts), so that inner loops
 // have no column tails. Where no padding is needed they are the caller's own memory.
