@@ -56,6 +56,8 @@ class AttributeSpec:
         if self.choices and value not in self.choices:
             raise BlueprintError(field, value, f"must be one of {', '.join(self.choices)}")
         if isinstance(value, int | float):
+            if not math.isfinite(value):
+                raise BlueprintError(field, value, "must be finite")
             if self.low is not None and value < self.low:
                 raise BlueprintError(field, value, f"must be at least {self.low:g}")
             if self.high is not None and value > self.high:
@@ -175,8 +177,6 @@ def decode(
             value = attribute.int_value
         case Kind.FLOAT:
             value = attribute.float_value
-            if not math.isfinite(value):
-                raise BlueprintError(field, value, "must be finite")
         case Kind.BOOL:
             value = attribute.bool_value
         case Kind.STRING:
