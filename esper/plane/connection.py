@@ -6,7 +6,6 @@ from typing import Self
 
 import grpc
 from grpc_health.v1 import health_pb2
-from grpc_health.v1 import health_pb2_grpc
 
 from esper import __version__
 from esper.common.rpc import CALL_TIMEOUT_S
@@ -17,6 +16,8 @@ from esper.plane.contract import contract_digest
 from esper.plane.errors import PlaneError
 from esper.plane.v1 import plane_pb2
 from esper.plane.v1 import plane_pb2_grpc
+from esper.tamiyo.client import TamiyoClient
+from esper.tezzeret.client import TezzeretClient
 from esper.urza.client import UrzaClient
 
 SERVICES = ("urza", "tezzeret", "tamiyo", "oona")
@@ -71,6 +72,16 @@ class Plane:
         """The event log."""
         return OonaClient(self.channel("oona"))
 
+    @cached_property
+    def tezzeret(self) -> TezzeretClient:
+        """The forge."""
+        return TezzeretClient(self.channel("tezzeret"))
+
+    @cached_property
+    def tamiyo(self) -> TamiyoClient:
+        """The controller."""
+        return TamiyoClient(self.channel("tamiyo"))
+
     def health(self, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, str]:
         """Returns the health of every Esper service by full name, such as `SERVING`.
 
@@ -79,11 +90,15 @@ class Plane:
         """
         found = {}
         for address, info in self.infos.items():
-            stub = health_pb2_grpc.HealthStub(self._channels[address])
+            check = self._channels[address].unary_unary(
+                "/grpc.health.v1.Health/Check",
+                request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+                response_deserializer=health_pb2.HealthCheckResponse.FromString,
+            )
             for name in info.services:
                 request = health_pb2.HealthCheckRequest(service=name)
                 try:
-                    status = stub.Check(request, timeout=timeout_s).status
+                    status = check(request, timeout=timeout_s).status
                     found[name] = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
                 except grpc.RpcError as error:
                     found[name] = decode_error(error).code.name

@@ -183,6 +183,9 @@ class PlaneLink:
                     self._serve(plane)
         except (PlaneError, RpcError) as error:
             self._fail(str(error))
+        except Exception as error:  # a bug of ours must not hang or end the user's run either
+            _log.exception("esper: the link to the plane failed")
+            self._fail(f"internal fault: {error!r}")
 
     def _serve(self, plane: Plane) -> None:
         try:
