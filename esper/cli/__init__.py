@@ -1,0 +1,1 @@
+"""The `esper` command: one file per subcommand, each imported only when it is called."""
