@@ -25,7 +25,7 @@ from setuptools import find_packages
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
-from setuptools.command.sdist import sdist
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 PROTO = ROOT / "proto"
@@ -122,8 +122,8 @@ class BuildPy(build_py):
         super().run()
 
 
-class Sdist(sdist):
-    def run(self) -> None:
+class EggInfo(egg_info):
+    def run(self) -> None:  # which lists the packages, so they have to exist by now
         generate_protos()
         super().run()
 
@@ -301,7 +301,7 @@ setup(
         "build_protos": BuildProtos,
         "build_py": BuildPy,
         "build_ext": BuildNative,
-        "sdist": Sdist,
+        "egg_info": EggInfo,
     },
     zip_safe=False,
 )
