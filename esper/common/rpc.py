@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 # gRPC's own fork handlers can hang a DataLoader worker that is forked beside an open channel; a
 # worker never uses the channel, so the handlers are not wanted. gRPC reads this when it first
@@ -34,8 +35,8 @@ class Violation:
     description: str
 
 
-class RpcError(RuntimeError):
-    """A call that the plane refused or did not answer.
+class RpcError(grpc.RpcError):
+    """A call that the plane refused or did not answer, with what its status says.
 
     Attributes:
         method: Full name of the RPC, such as `/esper.urza.v1.BlobService/WriteBlob`; empty if
@@ -67,13 +68,13 @@ class RpcError(RuntimeError):
 
 def decode_error(error: grpc.RpcError) -> RpcError:
     """Returns what `error` says, with the details of its google.rpc.Status where it carries one."""
-    assert isinstance(error, grpc.Call)
-    code: grpc.StatusCode = error.code()
-    message = error.details() or ""
+    call = cast(grpc.Call, error)  # as every error is that a call of the stubs raises
+    code = call.code()
+    message = call.details() or ""
     reason = ""
     violations: tuple[Violation, ...] = ()
     metadata: dict[str, str] = {}
-    status = rpc_status.from_call(error)
+    status = rpc_status.from_call(call)
     for detail in status.details if status is not None else ():
         info = error_details_pb2.ErrorInfo()
         bad = error_details_pb2.BadRequest()
@@ -90,9 +91,11 @@ def readable_errors() -> Iterator[None]:
     """Turns a `grpc.RpcError` raised inside into an `RpcError` that names reason and fields.
 
     Raises:
-        RpcError: In place of every `grpc.RpcError`.
+        RpcError: In place of every other `grpc.RpcError`.
     """
     try:
         yield
+    except RpcError:
+        raise
     except grpc.RpcError as error:
         raise decode_error(error) from error

@@ -10,6 +10,7 @@ from esper.oona.v1 import event_pb2_grpc
 from esper.services.oona import log as rows
 from esper.services.oona import validate
 from esper.services.oona.log import EventLog
+from esper.services.serving.context import CallContext
 from esper.services.serving.context import ServiceContext
 from esper.services.serving.errors import require
 from esper.services.serving.errors import unavailable
@@ -39,7 +40,7 @@ class EventServicer(event_pb2_grpc.EventServiceServicer):
     async def Publish(
         self,
         request_iterator: AsyncIterator[event_pb2.PublishRequest],
-        context: grpc.aio.ServicerContext,
+        context: CallContext,
     ) -> AsyncIterator[event_pb2.PublishResponse]:
         pending: asyncio.Queue[tuple[str, asyncio.Future[int]] | None]
         pending = asyncio.Queue(MAX_UNACKNOWLEDGED)
@@ -63,7 +64,7 @@ class EventServicer(event_pb2_grpc.EventServiceServicer):
             appending.cancel()
 
     async def Subscribe(
-        self, request: event_pb2.SubscribeRequest, context: grpc.aio.ServicerContext
+        self, request: event_pb2.SubscribeRequest, context: CallContext
     ) -> AsyncIterator[event_pb2.SubscribeResponse]:
         require(validate.subscribe(request))
         if request.group:
@@ -91,12 +92,12 @@ class EventServicer(event_pb2_grpc.EventServiceServicer):
         raise unavailable("the server is stopping; subscribe again from the next offset")
 
     async def Acknowledge(
-        self, request: event_pb2.AcknowledgeRequest, context: grpc.aio.ServicerContext
+        self, request: event_pb2.AcknowledgeRequest, context: CallContext
     ) -> event_pb2.AcknowledgeResponse:
         raise unimplemented("esper.oona.v1.EventService/Acknowledge")
 
     async def ListTopics(
-        self, request: event_pb2.ListTopicsRequest, context: grpc.aio.ServicerContext
+        self, request: event_pb2.ListTopicsRequest, context: CallContext
     ) -> event_pb2.ListTopicsResponse:
         topics = await asyncio.to_thread(self._log.topics)
         return event_pb2.ListTopicsResponse(topics=topics)

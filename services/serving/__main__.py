@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         logs.configure(as_json)
         asyncio.run(serve(config))
     except StartupError as error:
-        print(f"esper: error: {error}", file=sys.stderr)
+        print(f"esper: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -5,8 +5,13 @@ from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
 from typing import Protocol
+from typing import TypeAlias
 
 import grpc
+
+# Quoted: gRPC's class is generic in its type stubs alone.
+CallContext: TypeAlias = "grpc.aio.ServicerContext[object, object]"
+"""The context that a servicer's method gets."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,12 @@ from collections.abc import Awaitable
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 from typing import TypeAlias
+from typing import TypeVar
+from typing import cast
 
 import grpc
 
+from esper.services.serving.context import CallContext
 from esper.services.serving.errors import ServiceError
 from esper.services.serving.errors import exhausted
 from esper.services.serving.limits import ServerLimits
@@ -21,11 +24,13 @@ LOG = logging.getLogger("esper.call")
 OWN_PREFIX = "/esper."
 RETRY_AFTER_S = 0.5
 
+Q = TypeVar("Q")
+R = TypeVar("R")
+
 # Quoted: gRPC's classes are generic in their type stubs alone.
-Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
-Handler: TypeAlias = "grpc.RpcMethodHandler[object, object]"
-UnaryBehaviour: TypeAlias = "Callable[[object, Context], Awaitable[object]]"
-StreamBehaviour: TypeAlias = "Callable[[object, Context], AsyncIterator[object]]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Q, R]"
+UnaryBehaviour: TypeAlias = "Callable[[object, CallContext], Awaitable[object]]"
+StreamBehaviour: TypeAlias = "Callable[[object, CallContext], AsyncIterator[object]]"
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -44,38 +49,36 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(  # noqa: D102
         self,
-        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]",
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler[Q, R] | None]]",
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> "Handler":
+    ) -> "Handler[Q, R] | None":
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         # Health checks and reflection have no errors of ours and would fill the log.
         if handler is None or not method.startswith(OWN_PREFIX):
             return handler
-        coders = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
+        # The casts: the type stubs know handlers of synchronous servers only.
+        wrap: Callable[..., grpc.RpcMethodHandler[Q, R]]
+        behaviour: object
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                self._unary(method, handler.unary_unary, self._limits.default_deadline_s), **coders
-            )
-        if handler.stream_unary is not None:
-            return grpc.stream_unary_rpc_method_handler(
-                self._unary(method, handler.stream_unary, None), **coders
-            )
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(method, handler.unary_stream), **coders
-            )
-        return grpc.stream_stream_rpc_method_handler(
-            self._stream(method, handler.stream_stream), **coders
-        )
+            deadline_s = self._limits.default_deadline_s
+            wrap = grpc.unary_unary_rpc_method_handler
+            behaviour = self._unary(method, cast(UnaryBehaviour, handler.unary_unary), deadline_s)
+        elif handler.stream_unary is not None:
+            wrap = grpc.stream_unary_rpc_method_handler
+            behaviour = self._unary(method, cast(UnaryBehaviour, handler.stream_unary), None)
+        elif handler.unary_stream is not None:
+            wrap = grpc.unary_stream_rpc_method_handler
+            behaviour = self._stream(method, cast(StreamBehaviour, handler.unary_stream))
+        else:
+            wrap = grpc.stream_stream_rpc_method_handler
+            behaviour = self._stream(method, cast(StreamBehaviour, handler.stream_stream))
+        return wrap(behaviour, handler.request_deserializer, handler.response_serializer)
 
     def _unary(
         self, method: str, behaviour: "UnaryBehaviour", default_deadline_s: float | None
     ) -> "UnaryBehaviour":
-        async def handle(request: object, context: "Context") -> object:
+        async def handle(request: object, context: CallContext) -> object:
             async with self._call(method, context):
                 unlimited = context.time_remaining() is None
                 async with asyncio.timeout(default_deadline_s if unlimited else None):
@@ -84,7 +87,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return handle
 
     def _stream(self, method: str, behaviour: "StreamBehaviour") -> "StreamBehaviour":
-        async def handle(request: object, context: "Context") -> AsyncIterator[object]:
+        async def handle(request: object, context: CallContext) -> AsyncIterator[object]:
             async with self._call(method, context):
                 responses = behaviour(request, context)
                 async for response in responses:
@@ -93,7 +96,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return handle
 
     @asynccontextmanager
-    async def _call(self, method: str, context: "Context") -> AsyncIterator[None]:
+    async def _call(self, method: str, context: CallContext) -> AsyncIterator[None]:
         started_s = time.perf_counter()
         code = grpc.StatusCode.OK
         reason = ""

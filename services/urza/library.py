@@ -335,6 +335,7 @@ class Library:
         return self._store.submit(run, request.ByteSize())
 
 
+_Listing = pb.ListBlueprintsRequest | pb.ListKernelsRequest | pb.ListFieldReportsRequest
 _Retriable = (
     pb.CreateBlueprintRequest
     | pb.UpdateBlueprintStateRequest
@@ -389,11 +390,10 @@ def _require_etag(record: pb.BlueprintRecord | pb.KernelRecord, etag: str) -> No
 
 def _scope(
     collection: str,
-    request: pb.ListBlueprintsRequest | pb.ListKernelsRequest | pb.ListFieldReportsRequest,
+    request: "_Listing",
 ) -> str:
     """Returns what a page token belongs to: the collection and the filter, not the page's size."""
-    question = type(request)()
-    question.CopyFrom(request)
-    question.ClearField("page_size")
-    question.ClearField("page_token")
+    question = type(request).FromString(request.SerializeToString())
+    question.page_size = 0
+    question.page_token = ""
     return f"{collection}:{question.SerializeToString(deterministic=True).hex()}"

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from esper.services.serving.context import CallContext
 from esper.services.serving.context import ServiceContext
 from esper.services.serving.errors import invalid
 from esper.services.serving.errors import require
@@ -40,7 +41,7 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
     async def WriteBlob(
         self,
         request_iterator: AsyncIterator[blob_pb2.WriteBlobRequest],
-        context: grpc.aio.ServicerContext,
+        context: CallContext,
     ) -> blob_pb2.WriteBlobResponse:
         first = await anext(aiter(request_iterator), None)
         if first is None:
@@ -73,7 +74,7 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
         return blob_pb2.WriteBlobResponse(committed_size=held)
 
     async def ReadBlob(
-        self, request: blob_pb2.ReadBlobRequest, context: grpc.aio.ServicerContext
+        self, request: blob_pb2.ReadBlobRequest, context: CallContext
     ) -> AsyncIterator[blob_pb2.ReadBlobResponse]:
         require(validate.read_blob(request))
         chunks = self._blobs.read(request.digest, request.read_offset, request.read_limit)
@@ -81,14 +82,14 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
             yield blob_pb2.ReadBlobResponse(data=chunk)
 
     async def FindMissingBlobs(
-        self, request: blob_pb2.FindMissingBlobsRequest, context: grpc.aio.ServicerContext
+        self, request: blob_pb2.FindMissingBlobsRequest, context: CallContext
     ) -> blob_pb2.FindMissingBlobsResponse:
         require(validate.find_missing(request))
         missing = await asyncio.to_thread(self._blobs.missing, request.digests)
         return blob_pb2.FindMissingBlobsResponse(missing=missing)
 
     async def QueryWrite(
-        self, request: blob_pb2.QueryWriteRequest, context: grpc.aio.ServicerContext
+        self, request: blob_pb2.QueryWriteRequest, context: CallContext
     ) -> blob_pb2.QueryWriteResponse:
         require(check_digest("digest", request.digest))
         committed, complete = self._blobs.committed(request.digest)
@@ -102,85 +103,85 @@ class LibraryServicer(library_pb2_grpc.LibraryServiceServicer):
         self._library = library
 
     async def CreateBlueprint(
-        self, request: library_pb2.CreateBlueprintRequest, context: grpc.aio.ServicerContext
+        self, request: library_pb2.CreateBlueprintRequest, context: CallContext
     ) -> library_pb2.CreateBlueprintResponse:
         require(validate.create_blueprint(request))
         digest = await asyncio.to_thread(digest_of_blueprint, request.blueprint)
         return await asyncio.wrap_future(self._library.create_blueprint(request, digest))
 
     async def GetBlueprint(
-        self, request: library_pb2.GetBlueprintRequest, context: grpc.aio.ServicerContext
+        self, request: library_pb2.GetBlueprintRequest, context: CallContext
     ) -> library_pb2.GetBlueprintResponse:
         record = self._library.get_blueprint(request.name)
         return library_pb2.GetBlueprintResponse(blueprint=record)
 
     async def ListBlueprints(
-        self, request: library_pb2.ListBlueprintsRequest, context: grpc.aio.ServicerContext
+        self, request: library_pb2.ListBlueprintsRequest, context: CallContext
     ) -> library_pb2.ListBlueprintsResponse:
         require(validate.list_blueprints(request))
         return await asyncio.to_thread(self._library.list_blueprints, request)
 
     async def ArchiveBlueprint(
-        self, request: library_pb2.ArchiveBlueprintRequest, context: grpc.aio.ServicerContext
+        self, request: library_pb2.ArchiveBlueprintRequest, context: CallContext
     ) -> library_pb2.ArchiveBlueprintResponse:
         require(validate.archive(request.name, request.request_id, "blueprints"))
         return await asyncio.wrap_future(self._library.archive_blueprint(request))
 
     async def UpdateBlueprintState(
-        self, request: library_pb2.UpdateBlueprintStateRequest, context: grpc.aio.ServicerContext
+        self, request: library_pb2.UpdateBlueprintStateRequest, context: CallContext
     ) -> library_pb2.UpdateBlueprintStateResponse:
         require(validate.update_blueprint_state(request))
         return await asyncio.wrap_future(self._library.update_blueprint_state(request))
 
     async def CreateKernel(
-        self, request: library_pb2.CreateKernelRequest, context: grpc.aio.ServicerContext
+        self, request: library_pb2.CreateKernelRequest, context: CallContext
     ) -> library_pb2.CreateKernelResponse:
         require(validate.create_kernel(request))
         digest = await asyncio.to_thread(digest_of_kernel, request.kernel)
         return await asyncio.wrap_future(self._library.create_kernel(request, digest))
 
     async def GetKernel(
-        self, request: library_pb2.GetKernelRequest, context: grpc.aio.ServicerContext
+        self, request: library_pb2.GetKernelRequest, context: CallContext
     ) -> library_pb2.GetKernelResponse:
         return library_pb2.GetKernelResponse(kernel=self._library.get_kernel(request.name))
 
     async def ListKernels(
-        self, request: library_pb2.ListKernelsRequest, context: grpc.aio.ServicerContext
+        self, request: library_pb2.ListKernelsRequest, context: CallContext
     ) -> library_pb2.ListKernelsResponse:
         require(validate.list_kernels(request))
         return await asyncio.to_thread(self._library.list_kernels, request)
 
     async def ArchiveKernel(
-        self, request: library_pb2.ArchiveKernelRequest, context: grpc.aio.ServicerContext
+        self, request: library_pb2.ArchiveKernelRequest, context: CallContext
     ) -> library_pb2.ArchiveKernelResponse:
         require(validate.archive(request.name, request.request_id, "kernels"))
         return await asyncio.wrap_future(self._library.archive_kernel(request))
 
     async def UpdateKernelState(
-        self, request: library_pb2.UpdateKernelStateRequest, context: grpc.aio.ServicerContext
+        self, request: library_pb2.UpdateKernelStateRequest, context: CallContext
     ) -> library_pb2.UpdateKernelStateResponse:
         require(validate.update_kernel_state(request))
         return await asyncio.wrap_future(self._library.update_kernel_state(request))
 
     async def RecordFieldReport(
-        self, request: library_pb2.RecordFieldReportRequest, context: grpc.aio.ServicerContext
+        self, request: library_pb2.RecordFieldReportRequest, context: CallContext
     ) -> library_pb2.RecordFieldReportResponse:
         require(validate.record_field_report(request))
         return await asyncio.wrap_future(self._library.record_field_report(request))
 
     async def ListFieldReports(
-        self, request: library_pb2.ListFieldReportsRequest, context: grpc.aio.ServicerContext
+        self, request: library_pb2.ListFieldReportsRequest, context: CallContext
     ) -> library_pb2.ListFieldReportsResponse:
         require(validate.list_field_reports(request))
         return await asyncio.to_thread(self._library.list_field_reports, request)
 
     async def GetLineage(
-        self, request: library_pb2.GetLineageRequest, context: grpc.aio.ServicerContext
+        self, request: library_pb2.GetLineageRequest, context: CallContext
     ) -> library_pb2.GetLineageResponse:
         raise unimplemented("esper.urza.v1.LibraryService/GetLineage")
 
     def Watch(
-        self, request: library_pb2.WatchRequest, context: grpc.aio.ServicerContext
+        self, request: library_pb2.WatchRequest, context: CallContext
     ) -> AsyncIterator[library_pb2.WatchResponse]:
         raise unimplemented("esper.urza.v1.LibraryService/Watch")
 
@@ -189,34 +190,34 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
     """Declares `esper.urza.v1.RunService`, which this release does not serve."""
 
     async def CreateRun(
-        self, request: run_pb2.CreateRunRequest, context: grpc.aio.ServicerContext
+        self, request: run_pb2.CreateRunRequest, context: CallContext
     ) -> run_pb2.CreateRunResponse:
         raise unimplemented("esper.urza.v1.RunService/CreateRun")
 
     async def AppendRunEvents(
         self,
         request_iterator: AsyncIterator[run_pb2.AppendRunEventsRequest],
-        context: grpc.aio.ServicerContext,
+        context: CallContext,
     ) -> run_pb2.AppendRunEventsResponse:
         raise unimplemented("esper.urza.v1.RunService/AppendRunEvents")
 
     async def GetRun(
-        self, request: run_pb2.GetRunRequest, context: grpc.aio.ServicerContext
+        self, request: run_pb2.GetRunRequest, context: CallContext
     ) -> run_pb2.GetRunResponse:
         raise unimplemented("esper.urza.v1.RunService/GetRun")
 
     async def ListRuns(
-        self, request: run_pb2.ListRunsRequest, context: grpc.aio.ServicerContext
+        self, request: run_pb2.ListRunsRequest, context: CallContext
     ) -> run_pb2.ListRunsResponse:
         raise unimplemented("esper.urza.v1.RunService/ListRuns")
 
     def WatchRun(
-        self, request: run_pb2.WatchRunRequest, context: grpc.aio.ServicerContext
+        self, request: run_pb2.WatchRunRequest, context: CallContext
     ) -> AsyncIterator[run_pb2.WatchRunResponse]:
         raise unimplemented("esper.urza.v1.RunService/WatchRun")
 
     async def VerifyRun(
-        self, request: run_pb2.VerifyRunRequest, context: grpc.aio.ServicerContext
+        self, request: run_pb2.VerifyRunRequest, context: CallContext
     ) -> run_pb2.VerifyRunResponse:
         raise unimplemented("esper.urza.v1.RunService/VerifyRun")
 

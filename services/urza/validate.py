@@ -108,7 +108,7 @@ def list_kernels(request: library_pb2.ListKernelsRequest) -> Violations:
     for name, value, enum in enums:
         found += check_enum(f"filter.{name}", value, enum, required=False)
     for name, low in (("chunk_width", 1), ("source_width", 1), ("max_parameter_count", 0)):
-        if wanted.HasField(name):  # type: ignore[arg-type]
+        if wanted.HasField(name):
             found += check_number(f"filter.{name}", getattr(wanted, name), low=low)
     if wanted.HasField("max_forward_us"):
         found += check_number("filter.max_forward_us", wanted.max_forward_us, low=0)
@@ -163,7 +163,7 @@ def record_field_report(request: library_pb2.RecordFieldReportRequest) -> Violat
     ]
     bounds = {"p_value": (0.0, 1.0), "num_samples": (0.0, MAX_INT64)}
     for name in ("gain", "gain_low", "gain_high", "p_value", "num_samples"):
-        if report.HasField(name):  # type: ignore[arg-type]
+        if report.HasField(name):
             low, high = bounds.get(name, (-math.inf, math.inf))
             found += check_number(f"report.{name}", getattr(report, name), low, high)
     has_interval = report.HasField("gain_low") and report.HasField("gain_high")
