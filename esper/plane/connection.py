@@ -18,6 +18,7 @@ from esper.plane.v1 import plane_pb2
 from esper.plane.v1 import plane_pb2_grpc
 from esper.tamiyo.client import TamiyoClient
 from esper.tezzeret.client import TezzeretClient
+from esper.tezzeret.client import TezzeretClient
 from esper.urza.client import UrzaClient
 
 SERVICES = ("urza", "tezzeret", "tamiyo", "oona")
@@ -75,6 +76,11 @@ class Plane:
     @cached_property
     def tezzeret(self) -> TezzeretClient:
         """The forge."""
+        return TezzeretClient(self.channel("tezzeret"))
+
+    @cached_property
+    def tezzeret(self) -> TezzeretClient:
+        """The compilation forge."""
         return TezzeretClient(self.channel("tezzeret"))
 
     @cached_property
