@@ -41,8 +41,7 @@ def check_fit(kernel: kernel_pb2.Kernel, wanted: kernel_pb2.KernelSignature) -> 
     for field in ("chunk_width", "source_width"):
         _check_equal(field, getattr(given, field), getattr(wanted, field))
     # The native families work on features wherever they are; a graph was made for one layout.
-    is_graph = kernel.WhichOneof("lowering") == "graph"
-    if is_graph and (given.slot_kind in CHANNEL_KINDS) != (wanted.slot_kind in CHANNEL_KINDS):
+    if kernel.HasField("graph") and (given.slot_kind in CHANNEL_KINDS) != (wanted.slot_kind in CHANNEL_KINDS):
         raise BlueprintError(
             "signature.slot_kind",
             kernel_pb2.SlotKind.Name(given.slot_kind),
@@ -72,7 +71,7 @@ def check_target(
         kernel_pb2.DeviceClass.Name(given.device_class),
         kernel_pb2.DeviceClass.Name(wanted.device_class),
     )
-    if kernel.WhichOneof("lowering") != "graph":
+    if not kernel.HasField("graph"):
         return
     num_axes = len(kernel.graph.graph.inputs[0].shape.dims)
     if num_axes > 2 and num_axes != output_axes:  # two axes are tokens: any number is flattened
@@ -149,7 +148,7 @@ class Graft(nn.Module):
             weights = init_parameters(kernel, generator)
         tensors = {name: w.detach().to(place.device, place.dtype) for name, w in weights.items()}
         self.network: ReferenceModule | None = None
-        if kernel.WhichOneof("lowering") == "graph":
+        if kernel.HasField("graph"):
             self.network = reference_module(kernel, tensors)
         else:
             for spec in kernel.parameters:
@@ -158,7 +157,7 @@ class Graft(nn.Module):
     @property
     def is_noop(self) -> bool:
         """Whether the kernel adds nothing, so that nothing has to run for it."""
-        return self.kernel.WhichOneof("lowering") == "noop"
+        return self.kernel.HasField("noop")
 
     def ordered_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters in the order of the kernel."""
@@ -175,7 +174,7 @@ class Graft(nn.Module):
             first_param: Index of its first tensor in the call's parameters.
         """
         source = "input" if self.reads_input else "output"
-        if self.kernel.WhichOneof("lowering") == "affine":
+        if self.kernel.HasField("affine"):
             return SeedPlan(
                 row,
                 begin,
