@@ -18,7 +18,6 @@ from esper.plane.v1 import plane_pb2
 from esper.plane.v1 import plane_pb2_grpc
 from esper.tamiyo.client import TamiyoClient
 from esper.tezzeret.client import TezzeretClient
-from esper.tezzeret.client import TezzeretClient
 from esper.urza.client import UrzaClient
 
 SERVICES = ("urza", "tezzeret", "tamiyo", "oona")
@@ -72,11 +71,6 @@ class Plane:
     def oona(self) -> OonaClient:
         """The event log."""
         return OonaClient(self.channel("oona"))
-
-    @cached_property
-    def tezzeret(self) -> TezzeretClient:
-        """The forge."""
-        return TezzeretClient(self.channel("tezzeret"))
 
     @cached_property
     def tezzeret(self) -> TezzeretClient:
