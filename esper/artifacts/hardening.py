@@ -1,9 +1,10 @@
 """From a grown model to a plain torch module that needs no Esper at run time.
 
-Every module that carries grafts gets one `torch.fx.GraphModule` as a child called ``grafts``, which
-torch also calls as the module's forward hook. So the host's classes, attributes and parameter names
-stay as they are (code that reads ``layer.weight`` still can), the module copies, pickles, compiles
-and exports as any other, and the graphs hold nothing but torch operators.
+The parameters of a graft become parameters of the module that the graft sits on, and a
+`torch.fx.GraphModule` without state, called by torch as the module's forward hook, adds what the
+grafts compute. So classes, attributes and parameter names of the host stay as they are (a container
+still holds its children only, and code that reads ``layer.weight`` still can), and the result
+copies, pickles, compiles and exports as any other module.
 """
 
 import copy
@@ -23,97 +24,96 @@ from esper.kasmina import MorphableModel
 from esper.kasmina import unwrap
 from esper.kasmina.grafts import Graft
 
-GRAFTS = "grafts"
-"""Name of the child that carries the grafts of a hardened module."""
-
 
 def harden(model: MorphableModel) -> nn.Module:
     """Returns a plain torch copy of a grown model that computes the same without Esper.
 
     Grafts whose alpha is above 0 are kept at their present alpha; all other seeds vanish. The
-    copy is in the training mode of the model, and trains as any torch module does. Unlike in a
-    live model, a graft whose output is not finite is not contained.
+    parameter ``A`` of the graft in seed 2 of a module becomes the module's ``graft2_A``. The copy
+    is in the training mode of the model and trains as any torch module does; dropout inside a graft
+    stays off. Unlike in a live model, a graft whose output is not finite is not contained.
 
     Args:
         model: The grown model; left as it is.
 
     Returns:
-        A copy of the host in which each slot with grafts has a child ``grafts``. Outputs agree
-        with the model's to rounding (1e-5 in float32).
+        A copy of the host with the grafts in it. Outputs agree with the model's to rounding (1e-5
+        in float32).
 
     Raises:
-        ValueError: If a module with grafts already has a child or attribute of that name, or
-            returns something that a graph cannot rebuild (anything but tensors, tuples, lists and
-            dicts).
+        ValueError: If ``model`` is not wrapped, or a module with grafts has never run, has an
+            attribute of the name that a graft's parameter needs, or returns something that a
+            graph cannot rebuild (anything but tensors, tuples, lists and dicts).
     """
+    if not isinstance(model, MorphableModel):
+        raise ValueError(
+            f"model is a {type(model).__name__}, but only a wrapped model can be hardened: pass "
+            "what esper.wrap returned"
+        )
     twin = copy.deepcopy(model)
-    grafted = [layer for layer in twin.slots.values() if _live_seeds(twin, layer)]
-    graphs = [(layer, _graft_graph(twin, layer)) for layer in grafted]
-    modules = [(layer.module, graph) for layer, graph in graphs]
+    hardened = [
+        (layer.module, _graft_hook(layer, live))
+        for layer in twin.slots.values()
+        if (live := _live_grafts(twin, layer))
+    ]
     host = unwrap(twin)
-    for module, graph in modules:
-        module.register_forward_hook(graph, with_kwargs=True)
-        module.add_module(GRAFTS, graph)
+    for module, hook in hardened:
+        # The method and not the module: torch.fx cannot trace a call of a module that is no child.
+        module.register_forward_hook(hook.forward, with_kwargs=True)
     return host
 
 
-def _live_seeds(model: MorphableModel, layer: KasminaLayer) -> list[int]:
-    """Seeds of a slot that count in the output."""
-    return [
-        seed
-        for seed in range(layer.num_seeds)
-        if layer.graft(seed) is not None and model.alpha(layer.name, seed) > 0.0
-    ]
+def _live_grafts(model: MorphableModel, layer: KasminaLayer) -> dict[int, tuple[Graft, float]]:
+    """The grafts of a slot that count in its output, with their alpha, by seed."""
+    live: dict[int, tuple[Graft, float]] = {}
+    for seed in range(layer.num_seeds):
+        graft, alpha = layer.graft(seed), model.alpha(layer.name, seed)
+        if graft is not None and alpha > 0.0:
+            live[seed] = (graft, alpha)
+    return live
 
 
-def _graft_graph(model: MorphableModel, layer: KasminaLayer) -> fx.GraphModule:
-    """The forward hook (module, args, kwargs, output) -> output that adds a slot's grafts."""
-    if hasattr(layer.module, GRAFTS):
+def _graft_hook(layer: KasminaLayer, live: dict[int, tuple[Graft, float]]) -> fx.GraphModule:
+    """Moves the grafts' parameters into the slot's module; returns the hook that applies them.
+
+    The hook maps (module, args, kwargs, output) to the new output and reads the parameters off the
+    module that it is given.
+    """
+    if layer.width is None or layer.output_path is None:
         raise ValueError(
-            f"{layer.name}.{GRAFTS} exists already, but a hardened module needs that name for its "
-            "grafts"
+            f"slot {layer.name!r} has never run, so what it returns is not known; run one forward "
+            "of the model first"
         )
-    assert layer.output_path is not None, "a live seed's slot has run"
-    root = nn.Module()
     graph = fx.Graph()
-    graph.placeholder("module")
-    args, kwargs, output = (graph.placeholder(name) for name in ("args", "kwargs", "output"))
+    module, args, kwargs, output = (
+        graph.placeholder(name) for name in ("module", "args", "kwargs", "output")
+    )
     h = output
     for _, key in layer.output_path:
         h = graph.call_function(operator.getitem, (h, key))
     h = _features_last(graph, h, layer)
-    x = None
+    x = _features_last(graph, _first_input(graph, layer.module, args, kwargs), layer)
     pieces: list[fx.Node] = []
     written = 0
-    for seed in _live_seeds(model, layer):
-        graft = layer.graft(seed)
-        assert graft is not None
+    for seed, (graft, alpha) in live.items():
         begin, end = layer.bounds[seed]
         if written < begin:
-            pieces.append(_columns(graph, h, written, begin))
-        chunk = _columns(graph, h, begin, end)
-        if graft.reads_input and x is None:
-            x = _features_last(graph, _first_input(graph, layer.module, args, kwargs), layer)
-        name = f"seed_{seed}"
-        root.add_module(name, _function(graft))
-        g = _apply(graph, name, graft.kernel, x if graft.reads_input and x is not None else chunk)
-        alpha = model.alpha(layer.name, seed)
+            pieces.append(graph.call_method("narrow", (h, -1, written, begin - written)))
+        chunk = graph.call_method("narrow", (h, -1, begin, end - begin))
+        names = _adopt_parameters(layer, seed, graft)
+        g = _apply(graph, graft, x if graft.reads_input else chunk, module, names)
         if alpha != 1.0:
             g = graph.call_function(operator.mul, (g, alpha))
         pieces.append(graph.call_function(operator.add, (chunk, g)))
         written = end
-    assert layer.width is not None
     if written < layer.width:
-        pieces.append(_columns(graph, h, written, layer.width))
+        pieces.append(graph.call_method("narrow", (h, -1, written, layer.width - written)))
     y = graph.call_function(torch.cat, (pieces,), {"dim": -1})
     if layer.channel_axis is not None:
         y = graph.call_method("movedim", (y, -1, layer.channel_axis))
     graph.output(_rebuild(graph, output, layer.output_path, y, layer.name))
-    return fx.GraphModule(root, graph)
-
-
-def _columns(graph: fx.Graph, h: fx.Node, begin: int, end: int) -> fx.Node:
-    return graph.call_method("narrow", (h, -1, begin, end - begin))
+    graph.eliminate_dead_code()  # the input, where no graft reads it
+    return fx.GraphModule(nn.Module(), graph)
 
 
 def _features_last(graph: fx.Graph, tensor: fx.Node, layer: KasminaLayer) -> fx.Node:
@@ -125,37 +125,60 @@ def _features_last(graph: fx.Graph, tensor: fx.Node, layer: KasminaLayer) -> fx.
 def _first_input(graph: fx.Graph, module: nn.Module, args: fx.Node, kwargs: fx.Node) -> fx.Node:
     """The module's first input, given by position or by keyword.
 
-    `(args[:1] + (kwargs.get(name),))[0]` decides that without a branch, so that the graph stays
-    traceable.
+    `(args[:1] + (kwargs.get(name),))[0]` decides that without a branch, so that the graph can be
+    traced again.
     """
-    name = next(iter(inspect.signature(module.forward).parameters))
+    name = next(iter(inspect.signature(module.forward).parameters), "")
     by_position = graph.call_function(operator.getitem, (args, slice(None, 1)))
     by_keyword = graph.call_method("get", (kwargs, name))
     candidates = graph.call_function(operator.add, (by_position, (by_keyword,)))
     return graph.call_function(operator.getitem, (candidates, 0))
 
 
-def _function(graft: Graft) -> fx.GraphModule:
-    """A graft's function as plain torch operators, with the graft's parameters."""
-    names = [spec.name for spec in graft.kernel.parameters]
-    weights = dict(zip(names, graft.ordered_parameters(), strict=True))
+def _adopt_parameters(layer: KasminaLayer, seed: int, graft: Graft) -> dict[str, str]:
+    """Gives the slot's module the parameters of a graft; returns their new names by old name."""
+    names: dict[str, str] = {}
+    for spec, parameter in zip(graft.kernel.parameters, graft.ordered_parameters(), strict=True):
+        names[spec.name] = f"graft{seed}_{spec.name}"
+        if hasattr(layer.module, names[spec.name]):
+            raise ValueError(
+                f"{layer.name}.{names[spec.name]} exists already, but a hardened module needs that "
+                "name for a graft's parameter"
+            )
+        layer.module.register_parameter(names[spec.name], parameter)
+    return names
+
+
+def _apply(
+    graph: fx.Graph, graft: Graft, source: fx.Node, module: fx.Node, names: dict[str, str]
+) -> fx.Node:
+    """Writes a graft's function into the graph, in plain torch operators; features last."""
     kernel = kernel_pb2.Kernel()
     kernel.CopyFrom(graft.kernel)
-    if kernel.WhichOneof("lowering") != "graph":
+    is_graph = kernel.WhichOneof("lowering") == "graph"
+    planes = is_graph and kernel.signature.slot_kind in CHANNEL_KINDS
+    if not is_graph:
         # The native families work on features wherever they are, and get them last here.
         kernel.signature.slot_kind = kernel_pb2.SLOT_KIND_LINEAR
     # In eval mode: a graph holds the mode that it was traced in, and dropout noise would stay.
-    return fx.symbolic_trace(reference_module(kernel, weights).eval())
-
-
-def _apply(graph: fx.Graph, name: str, kernel: kernel_pb2.Kernel, source: fx.Node) -> fx.Node:
-    """Calls a graft's function in the layout that its kernel was made for; features last again."""
-    planes = (
-        kernel.WhichOneof("lowering") == "graph" and kernel.signature.slot_kind in CHANNEL_KINDS
-    )
+    function = fx.symbolic_trace(reference_module(kernel).eval())
     if planes:
         source = graph.call_method("movedim", (source, -1, 1))
-    g = graph.call_module(name, (source,))
+    values: dict[fx.Node, fx.Node] = {}
+    g: fx.Node | None = None
+    for node in function.graph.nodes:
+        match node.op:
+            case "placeholder":
+                values[node] = source
+            case "get_attr":
+                values[node] = graph.call_function(getattr, (module, names[str(node.target)]))
+            case "output":
+                result = node.args[0]
+                assert isinstance(result, fx.Node)
+                g = values[result]
+            case _:
+                values[node] = graph.node_copy(node, values.__getitem__)
+    assert g is not None, "every graph has an output"
     return graph.call_method("movedim", (g, 1, -1)) if planes else g
 
 
