@@ -5,11 +5,16 @@ would read, ``P = sum phi v^T`` is the gradient that the seed's fan-out would re
 slot with input x the part of it that the host's own weight could take up is projected out by least
 squares: ``R = P - Q (S + lambda I)^-1 M`` with ``S = sum x x^T``, ``M = sum x v^T`` and
 ``Q = sum phi x^T`` (TINY, arXiv 2405.19816; SENN, arXiv 2307.04526). Elsewhere ``R = P``, the
-virtual-seed gradient (SensLI). The same with the rows of v shuffled is the null: what noise looks
-like.
+virtual-seed gradient (SensLI). The score is the norm of R.
+
+The null is the same norm under shuffled rows of v. It is not sampled: over all orders the mean of
+``||sum phi_r v^T||^2`` is ``sum ||phi_r||^2 sum ||v||^2 / (n - 1)`` for centred phi_r, so one number
+a column is all that has to be kept, and the null itself has no noise.
+
+Phi and x are centred in each step: a constant shift, which a bias can give, is no capacity.
 
 Shape suffixes: N sampled rows, D features of the output, F random features, X features of the
-Linear's input with a constant 1 where the layer has a bias.
+Linear's input, Z features of what a seed reads.
 """
 
 from collections.abc import Iterator
@@ -22,7 +27,7 @@ from torch import Tensor
 from esper.common.v1 import blueprint_pb2
 
 MAX_ROWS = 4096
-"""Most rows of a step that are looked at; more are sampled at a fixed stride."""
+"""Most rows of a step that are looked at; of more, one in so many is."""
 
 MAX_LINEAR_WIDTH = 1024
 """Widest Linear input whose second moments are gathered."""
@@ -39,12 +44,27 @@ class Score:
     Attributes:
         source: What the candidate features read.
         score: Norm of the residual per sampled step and feature.
-        null_score: The same under shuffled gradients.
+        null_score: Root mean square of the same over all orders of the gradient's rows.
     """
 
     source: blueprint_pb2.SeedSource
     score: float
     null_score: float
+
+
+@dataclass(frozen=True, slots=True)
+class PendingScores:
+    """What one forward leaves for its backward.
+
+    Attributes:
+        phis: Features of each block, [N, F].
+        x_NX: Sampled rows of the Linear's input, centred; None where they are not used.
+        stride: Every how many rows one was sampled.
+    """
+
+    phis: Sequence[Tensor]
+    x_NX: Tensor | None
+    stride: int
 
 
 class _Block:
@@ -68,17 +88,15 @@ class _Block:
         offset = torch.randn(num_features, generator=generator)
         self._omega_ZF = omega.to(device)
         self._offset_F = offset.to(device)
-        out = targets[1] - targets[0]
-        self.p_FD = torch.zeros(num_features, out, device=device)
-        self.null_p_FD = torch.zeros(num_features, out, device=device)
+        self.p_FD = torch.zeros(num_features, targets[1] - targets[0], device=device)
         self.q_FX = torch.zeros(num_features, linear_width, device=device)
+        self.energy = torch.zeros((), device=device)  # sum of phi^2
 
     def features(self, z_NZ: Tensor) -> Tensor:
-        """Random ReLU features of unit root mean square, [N, F]."""
-        z = z_NZ[:, self.columns[0] : self.columns[1]]
-        z = z - z.mean(dim=0)
+        """Random ReLU features, centred and of unit root mean square, [N, F]."""
+        z = _centred(z_NZ[:, self.columns[0] : self.columns[1]])
         z = z / z.square().mean().sqrt().clamp_min(1e-12)
-        phi_NF = torch.relu(z @ self._omega_ZF + self._offset_F)
+        phi_NF = _centred(torch.relu(z @ self._omega_ZF + self._offset_F))
         return phi_NF / phi_NF.square().mean().sqrt().clamp_min(1e-12)
 
 
@@ -89,7 +107,7 @@ class GrowthProbe:
         dormant: Half-open column ranges of the dormant chunks by seed.
         width: D.
         source_width: Features of the slot's input; None where no seed can read it.
-        linear_bias: Whether the slot's Linear has a bias; None for a slot that is no Linear.
+        linear: Whether the slot is a Linear, whose own reach is projected out.
         device: Where the slot computes.
     """
 
@@ -98,41 +116,29 @@ class GrowthProbe:
         dormant: dict[int, tuple[int, int]],
         width: int,
         source_width: int | None,
-        linear_bias: bool | None,
+        linear: bool,
         device: torch.device,
     ) -> None:
         self.dormant = dormant
-        self._constant = bool(linear_bias)
         self._reads_input = source_width is not None
-        self._linear = (
-            linear_bias is not None
-            and source_width is not None
-            and source_width <= MAX_LINEAR_WIDTH
-        )
-        linear_width = source_width + self._constant if self._linear and source_width else 0
+        linear_width = 0
+        if linear and source_width is not None and source_width <= MAX_LINEAR_WIDTH:
+            linear_width = source_width
         self._blocks: list[_Block] = []
         if source_width is not None:
-            self._blocks.append(
-                _Block(
-                    blueprint_pb2.SEED_SOURCE_INPUT,
-                    (0, source_width),
-                    (0, width),
-                    linear_width,
-                    device,
-                )
-            )
+            everything = (0, source_width), (0, width)
+            source = blueprint_pb2.SEED_SOURCE_INPUT
+            self._blocks.append(_Block(source, *everything, linear_width, device))
         for bounds in dormant.values():
-            self._blocks.append(
-                _Block(blueprint_pb2.SEED_SOURCE_OUTPUT, bounds, bounds, linear_width, device)
-            )
+            source = blueprint_pb2.SEED_SOURCE_OUTPUT
+            self._blocks.append(_Block(source, bounds, bounds, linear_width, device))
         self._s_XX = torch.zeros(linear_width, linear_width, device=device)
         self._m_XD = torch.zeros(linear_width, width, device=device)
-        self._null_m_XD = torch.zeros(linear_width, width, device=device)
-        self._shuffle = torch.Generator().manual_seed(_FEATURE_SEED)
+        self._v_energy_D = torch.zeros(width, device=device)  # sum over steps, n / (n - 1) each
         self._num_steps = 0
         self._last_step = -1
 
-    def observe(self, h: Tensor, x: Tensor | None) -> "PendingScores | None":
+    def observe(self, h: Tensor, x: Tensor | None) -> PendingScores | None:
         """Takes in what a forward shows.
 
         Args:
@@ -140,13 +146,13 @@ class GrowthProbe:
             x: Its input, [..., X] with the token axes of h; None where it cannot be read.
 
         Returns:
-            What ``PendingScores.complete`` needs once the gradient is there; None where there is
-            nothing to measure.
+            What ``complete`` needs once the gradient is there; None where there is too little to
+            measure.
         """
         num_rows = h.numel() // h.shape[-1]
-        if num_rows == 0 or (x is None and self._reads_input):
-            return None
         stride = -(-num_rows // MAX_ROWS)
+        if num_rows < 2 or (x is None and self._reads_input):
+            return None
         with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
             h_ND = _rows(h, stride)
             x_NX = None if x is None else _rows(x, stride)
@@ -159,16 +165,16 @@ class GrowthProbe:
                 z_NZ = sources[block.source]
                 assert z_NZ is not None
                 phis.append(block.features(z_NZ))
-            if not self._linear or x_NX is None:
+                block.energy += phis[-1].square().sum()
+            if len(self._s_XX) == 0 or x_NX is None:
                 return PendingScores(phis, None, stride)
-            if self._constant:
-                x_NX = torch.nn.functional.pad(x_NX, (0, 1), value=1.0)
+            x_NX = _centred(x_NX)
             self._s_XX.addmm_(x_NX.T, x_NX)
             for block, phi_NF in zip(self._blocks, phis, strict=True):
                 block.q_FX.addmm_(phi_NF.T, x_NX)
             return PendingScores(phis, x_NX, stride)
 
-    def complete(self, pending: "PendingScores", dy: Tensor, step: int) -> None:
+    def complete(self, pending: PendingScores, dy: Tensor, step: int) -> None:
         """Takes in the gradient that belongs to an observed forward.
 
         Args:
@@ -178,18 +184,15 @@ class GrowthProbe:
         """
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
             # Sampled rows stand for all of them.
-            v_ND = _rows(dy, pending.stride) * -float(pending.stride)
+            v_ND = _centred(_rows(dy, pending.stride) * -float(pending.stride))
             if not bool(torch.isfinite(v_ND).all()):  # an overflowed loss scale says nothing
                 return
-            order = torch.randperm(len(v_ND), generator=self._shuffle).to(v_ND.device)
-            null_ND = v_ND[order]
             for block, phi_NF in zip(self._blocks, pending.phis, strict=True):
                 begin, end = block.targets
                 block.p_FD.addmm_(phi_NF.T, v_ND[:, begin:end])
-                block.null_p_FD.addmm_(phi_NF.T, null_ND[:, begin:end])
             if pending.x_NX is not None:
                 self._m_XD.addmm_(pending.x_NX.T, v_ND)
-                self._null_m_XD.addmm_(pending.x_NX.T, null_ND)
+            self._v_energy_D += v_ND.square().sum(dim=0) * (len(v_ND) / (len(v_ND) - 1))
         if step != self._last_step:
             self._last_step = step
             self._num_steps += 1
@@ -198,19 +201,25 @@ class GrowthProbe:
         """Returns the scores of every dormant seed; empty where nothing was measured."""
         if self._num_steps == 0:
             return {}
-        fit_XD, null_fit_XD = self._host_fit()
+        s_XX = self._s_XX.double()
+        if len(s_XX):
+            ridge = _RIDGE * s_XX.diagonal().mean().clamp_min(1e-12)
+            s_XX = s_XX + ridge * torch.eye(len(s_XX), dtype=s_XX.dtype, device=s_XX.device)
         result: dict[int, list[Score]] = {seed: [] for seed in self.dormant}
         for block in self._blocks:
-            scale = self._num_steps * block.p_FD.shape[0] ** 0.5
+            q_FX = block.q_FX.double()
+            fit_XF = torch.linalg.solve(s_XX, q_FX.T) if len(s_XX) else q_FX.T
             begin, end = block.targets
-            residuals = [
-                p_FD.double() - block.q_FX.double() @ fit[:, begin:end]
-                for p_FD, fit in ((block.p_FD, fit_XD), (block.null_p_FD, null_fit_XD))
-            ]
+            r_FD = block.p_FD.double() - fit_XF.T @ self._m_XD[:, begin:end].double()
+            # Share of the features' energy that the host's own input does not explain.
+            explained = (2.0 * (q_FX * fit_XF.T).sum() - (fit_XF * (s_XX @ fit_XF)).sum()).item()
+            share = max(0.0, 1.0 - explained / max(block.energy.item(), 1e-12))
             for seed, bounds in self._seeds_of(block):
-                columns = slice(bounds[0] - begin, bounds[1] - begin)
-                score, null = (float(r[:, columns].norm()) / scale for r in residuals)
-                result[seed].append(Score(block.source, score, null))
+                residual = r_FD[:, bounds[0] - begin : bounds[1] - begin].norm().item()
+                energy = self._v_energy_D[bounds[0] : bounds[1]].double().sum().item()
+                score = residual / r_FD.shape[0] ** 0.5 / self._num_steps
+                null_score = (share * energy) ** 0.5 / self._num_steps
+                result[seed].append(Score(block.source, score, null_score))
         return result
 
     def _seeds_of(self, block: _Block) -> Iterator[tuple[int, tuple[int, int]]]:
@@ -218,33 +227,11 @@ class GrowthProbe:
             if block.source == blueprint_pb2.SEED_SOURCE_INPUT or bounds == block.targets:
                 yield seed, bounds
 
-    def _host_fit(self) -> tuple[Tensor, Tensor]:
-        """(S + lambda I)^-1 M and the same for the null, each [X, D]."""
-        s_XX = self._s_XX.double()
-        both = torch.cat([self._m_XD, self._null_m_XD], dim=1).double()
-        if len(s_XX):
-            ridge = _RIDGE * s_XX.diagonal().mean().clamp_min(1e-12)
-            s_XX = s_XX + ridge * torch.eye(len(s_XX), dtype=s_XX.dtype, device=s_XX.device)
-            both = torch.linalg.solve(s_XX, both)
-        width = self._m_XD.shape[1]
-        return both[:, :width], both[:, width:]
-
-
-@dataclass(frozen=True, slots=True)
-class PendingScores:
-    """What one forward leaves for its backward.
-
-    Attributes:
-        phis: Features of each block, [N, F].
-        x_NX: Sampled rows of the Linear's input; None where they are not used.
-        stride: Every how many rows one was sampled.
-    """
-
-    phis: Sequence[Tensor]
-    x_NX: Tensor | None
-    stride: int
-
 
 def _rows(tensor: Tensor, stride: int) -> Tensor:
     """Sampled token rows in float32, a copy, since later layers may write in place."""
     return tensor.detach().reshape(-1, tensor.shape[-1])[::stride].float().clone()
+
+
+def _centred(rows: Tensor) -> Tensor:
+    return rows - rows.mean(dim=0)

@@ -435,9 +435,8 @@ class KasminaLayer(nn.Module):
         if not dormant:
             telemetry.growth = None
         elif telemetry.growth is None or telemetry.growth.dormant != dormant:
-            module = self.module
-            bias = module.bias is not None if isinstance(module, nn.Linear) else None
-            telemetry.growth = GrowthProbe(dormant, self.width, self.source_width, bias, device)
+            linear = isinstance(self.module, nn.Linear)
+            telemetry.growth = GrowthProbe(dormant, self.width, self.source_width, linear, device)
         return telemetry.growth
 
 

@@ -1,0 +1,259 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from esper.common.v1 import blueprint_pb2
+from esper.kasmina import growth
+from esper.kasmina import wrap
+from esper.kasmina.growth import GrowthProbe
+
+INPUT = blueprint_pb2.SEED_SOURCE_INPUT
+OUTPUT = blueprint_pb2.SEED_SOURCE_OUTPUT
+CPU = torch.device("cpu")
+
+
+def by_source(scores):
+    return {score.source: score for score in scores}
+
+
+def measured(probe, h, x, dy, step=0):
+    pending = probe.observe(h, x)
+    assert pending is not None
+    probe.complete(pending, dy, step)
+    return {seed: by_source(found) for seed, found in probe.scores().items()}
+
+
+def test_score_without_a_linear_host_is_the_gradient_of_the_fan_out():
+    """P is what autograd gives a zero fan-out matrix over the probe's own features."""
+    torch.manual_seed(0)
+    h, x = torch.randn(50, 6), torch.randn(50, 4)
+    target = torch.randn(50, 6)
+    probe = GrowthProbe({0: (0, 3), 1: (3, 6)}, 6, 4, False, CPU)
+    y = h.clone().requires_grad_()
+    (dy,) = torch.autograd.grad(((y - target) ** 2).mean(), y)
+    scores = measured(probe, h, x, dy)
+    block = probe._blocks[0]
+    phi = block.features(x)
+    fan_out = torch.zeros(phi.shape[1], 6, requires_grad=True)
+    loss = ((h + phi @ fan_out - target) ** 2).mean()
+    (gradient,) = torch.autograd.grad(loss, fan_out)
+    for seed, columns in ((0, slice(0, 3)), (1, slice(3, 6))):
+        expected = float(gradient[:, columns].norm()) / phi.shape[1] ** 0.5
+        assert scores[seed][INPUT].score == pytest.approx(expected, rel=1e-4)
+
+
+def test_for_a_linear_slot_what_the_host_could_learn_itself_is_projected_out():
+    """R is phi^T times the residual of v after least squares on x and a constant."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 5) + 0.5
+    dy = torch.randn(400, 3) + x @ torch.randn(5, 3) + 1.0
+    probe = GrowthProbe({0: (0, 3)}, 3, 5, True, CPU)
+    scores = measured(probe, torch.randn(400, 3), x, dy)
+    phi = probe._blocks[0].features(x).double()
+    regressors = torch.cat([x, torch.ones(400, 1)], dim=1).double()
+    fit = torch.linalg.lstsq(regressors, -dy.double()).solution
+    residual = -dy.double() - regressors @ fit
+    expected = float((phi.T @ residual).norm()) / phi.shape[1] ** 0.5
+    assert scores[0][INPUT].score == pytest.approx(expected, rel=0.01)
+    assert expected > 0
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_the_null_is_the_mean_over_shuffled_gradients(linear):
+    torch.manual_seed(0)
+    x = torch.randn(200, 4)
+    h = torch.tanh(x @ torch.randn(4, 6))
+    dy = torch.randn(200, 6) + torch.relu(x[:, :1]) + 0.5
+
+    def scores(gradient):
+        probe = GrowthProbe({0: (0, 3), 1: (3, 6)}, 6, 4, linear, CPU)
+        return measured(probe, h, x, gradient)
+
+    null = scores(dy)
+    shuffled = [scores(dy[torch.randperm(200)]) for _ in range(300)]
+    for seed in (0, 1):
+        for source in (INPUT, OUTPUT):
+            squares = [draw[seed][source].score ** 2 for draw in shuffled]
+            expected = (sum(squares) / len(squares)) ** 0.5
+            assert null[seed][source].null_score == pytest.approx(expected, rel=0.1)
+
+
+def test_what_the_linear_host_can_express_scores_nothing():
+    torch.manual_seed(0)
+    x = torch.randn(300, 5)
+    linear = GrowthProbe({0: (0, 3)}, 3, 5, True, CPU)
+    other = GrowthProbe({0: (0, 3)}, 3, 5, False, CPU)
+    h, dy = torch.randn(300, 3), x @ torch.randn(5, 3) + 2.0
+    expressible = measured(linear, h, x, dy)[0][INPUT]
+    assert expressible.score < 0.01 * measured(other, h, x, dy)[0][INPUT].score
+    assert expressible.score < 0.1 * expressible.null_score
+
+
+def test_wide_inputs_skip_the_projection(monkeypatch):
+    monkeypatch.setattr(growth, "MAX_LINEAR_WIDTH", 4)
+    torch.manual_seed(0)
+    x, h, dy = torch.randn(60, 5), torch.randn(60, 3), torch.randn(60, 3)
+    assert measured(GrowthProbe({0: (0, 3)}, 3, 5, True, CPU), h, x, dy) == measured(
+        GrowthProbe({0: (0, 3)}, 3, 5, False, CPU), h, x, dy
+    )
+
+
+def test_rows_are_sampled_without_bias(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(8000, 4)
+    dy = torch.relu(x @ torch.randn(4, 3)) / 8000
+    full = measured(GrowthProbe({0: (0, 3)}, 3, 4, False, CPU), x[:, :3], x, dy)
+    monkeypatch.setattr(growth, "MAX_ROWS", 2000)
+    probe = GrowthProbe({0: (0, 3)}, 3, 4, False, CPU)
+    pending = probe.observe(x[:, :3], x)
+    assert len(pending.phis[0]) == 2000
+    probe.complete(pending, dy, 0)
+    sampled = by_source(probe.scores()[0])
+    assert sampled[INPUT].score == pytest.approx(full[0][INPUT].score, rel=0.1)
+
+
+def test_steps_average_and_calls_of_one_step_add_up():
+    torch.manual_seed(0)
+    x, h, dy = torch.randn(60, 4), torch.randn(60, 3), torch.randn(60, 3)
+    once = measured(GrowthProbe({0: (0, 3)}, 3, 4, False, CPU), h, x, dy)[0][INPUT].score
+
+    def twice(second_step):
+        probe = GrowthProbe({0: (0, 3)}, 3, 4, False, CPU)
+        measured(probe, h, x, dy, step=0)
+        return measured(probe, h, x, dy, step=second_step)[0][INPUT].score
+
+    assert twice(1) == pytest.approx(once, rel=1e-5)
+    assert twice(0) == pytest.approx(2 * once, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_overflowed_gradient_is_not_measured(value):
+    probe = GrowthProbe({0: (0, 3)}, 3, 4, False, CPU)
+    dy = torch.zeros(10, 3)
+    dy[4, 1] = value
+    assert measured(probe, torch.randn(10, 3), torch.randn(10, 4), dy) == {}
+
+
+def test_no_rows_and_no_input_measure_nothing():
+    probe = GrowthProbe({0: (0, 3)}, 3, 4, False, CPU)
+    assert probe.observe(torch.zeros(0, 3), torch.zeros(0, 4)) is None
+    assert probe.observe(torch.zeros(5, 3), None) is None
+    assert probe.scores() == {}
+
+
+class Branches(nn.Module):
+    """Two linear branches; what each of them lacks is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.lacks = nn.Linear(6, 8)
+        self.suffices = nn.Linear(6, 8)
+
+    def forward(self, x):
+        return torch.cat([self.lacks(x[:, :6]), self.suffices(x[:, 6:])], dim=1)
+
+
+def converged(host, x, target):
+    """The host at its own least-squares optimum, as a long training would leave it."""
+    with torch.no_grad():
+        for layer, inputs, wanted in (
+            (host.lacks, x[:, :6], target[:, :8]),
+            (host.suffices, x[:, 6:], target[:, 8:]),
+        ):
+            ones = torch.cat([inputs, torch.ones(len(x), 1)], dim=1)
+            fit = torch.linalg.lstsq(ones, wanted).solution
+            layer.weight.copy_(fit[:-1].T)
+            layer.bias.copy_(fit[-1])
+    return host
+
+
+def epoch_scores(host, x, target, batch=128):
+    """Growth scores of one epoch by (slot, seed, source)."""
+    model = wrap(host, preserve_original=False)
+    model.telemetry_interval = 1
+    for begin in range(0, len(x), batch):
+        rows = slice(begin, begin + batch)
+        loss = nn.functional.mse_loss(model(x[rows]), target[rows])
+        loss.backward()
+    return {
+        (signal.slot, signal.seed, score.source): score
+        for signal in model.collect_signals(0)
+        for score in signal.growth_scores
+    }
+
+
+def branch_task(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    x = draw(2048, 12)
+    hidden = torch.relu(x[:, :6] @ draw(6, 16)) @ draw(16, 8) / 4
+    hidden[:, 4:] = x[:, :6] @ draw(6, 4)  # the second half of the branch lacks nothing
+    straight = x[:, 6:] @ draw(6, 8)
+    target = torch.cat([hidden, straight], dim=1) + 0.1 * draw(2048, 16)
+    return x, target, draw
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_missing_nonlinearity_stands_out_where_it_is_missing(seed):
+    x, target, _ = branch_task(seed)
+    scores = epoch_scores(converged(Branches(), x, target), x, target)
+    assert len(scores) == 2 * 4 * 2
+    lacking = [scores["lacks", chunk, INPUT] for chunk in (0, 1)]
+    content = [scores["lacks", chunk, INPUT] for chunk in (2, 3)]
+    content += [scores["suffices", chunk, INPUT] for chunk in range(4)]
+    for score in lacking:
+        assert score.score > 4 * score.null_score
+        assert score.score > 5 * max(other.score for other in content)
+    for score in content:
+        assert score.score < 2 * score.null_score
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shuffled_labels_score_like_their_null(seed):
+    x, target, _ = branch_task(seed)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    target = target[order]
+    scores = epoch_scores(converged(Branches(), x, target), x, target)
+    ratios = [score.score / score.null_score for score in scores.values()]
+    assert 0.8 < sum(ratios) / len(ratios) < 1.25
+    assert max(ratios) < 2
+
+
+def test_scores_need_no_converged_host():
+    """Early in training, too, only what the host cannot express itself counts."""
+    x, target, _ = branch_task(0)
+    torch.manual_seed(0)
+    scores = epoch_scores(Branches(), x, target)
+    for chunk in (0, 1):
+        assert scores["lacks", chunk, INPUT].score > 4 * scores["suffices", chunk, INPUT].score
+        ratio = scores["suffices", chunk, INPUT]
+        assert ratio.score < 2 * ratio.null_score
+
+
+def test_a_planted_seed_closes_the_gap_that_the_score_saw():
+    """The score is of use: a seed where it is high lowers the loss, one where it is low does not."""
+    x, target, _ = branch_task(1)
+    host = converged(Branches(), x, target)
+
+    def loss_after(slot):
+        model = wrap(copy.deepcopy(host), seeds_per_layer=1)
+        model.germinate(slot, 0, "widen", rank=16)
+        model.advance(slot, 0, "TRAINING")
+        model.advance(slot, 0, "GRAFTING")
+        model.set_seed_alpha(slot, 0, 1.0)
+        optimizer = torch.optim.Adam(model.seed_parameters(slot, 0), lr=0.02)
+        for _ in range(150):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), target)
+            loss.backward()
+            optimizer.step()
+        return float(loss.detach())
+
+    before = float(nn.functional.mse_loss(host(x), target).detach())
+    assert loss_after("lacks") < 0.5 * before
+    assert loss_after("suffices") > 0.9 * before
