@@ -41,7 +41,9 @@ def check_fit(kernel: kernel_pb2.Kernel, wanted: kernel_pb2.KernelSignature) -> 
     for field in ("chunk_width", "source_width"):
         _check_equal(field, getattr(given, field), getattr(wanted, field))
     # The native families work on features wherever they are; a graph was made for one layout.
-    if kernel.HasField("graph") and (given.slot_kind in CHANNEL_KINDS) != (wanted.slot_kind in CHANNEL_KINDS):
+    if kernel.HasField("graph") and (given.slot_kind in CHANNEL_KINDS) != (
+        wanted.slot_kind in CHANNEL_KINDS
+    ):
         raise BlueprintError(
             "signature.slot_kind",
             kernel_pb2.SlotKind.Name(given.slot_kind),

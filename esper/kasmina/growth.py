@@ -7,8 +7,8 @@ squares: ``R = P - Q (S + lambda I)^-1 M`` with ``S = sum x x^T``, ``M = sum x v
 ``Q = sum phi x^T`` (TINY, arXiv 2405.19816; SENN, arXiv 2307.04526). Elsewhere ``R = P``, the
 virtual-seed gradient (SensLI). The score is the norm of R.
 
-The null is the same norm under shuffled rows of v. It is not sampled: over all orders the mean of
-``||sum phi_r v^T||^2`` is ``sum ||phi_r||^2 sum ||v||^2 / (n - 1)`` for centred phi_r, so one number
+The null is the same norm under shuffled rows of v. It is not sampled: for centred phi_r the mean of
+``||sum phi_r v^T||^2`` over all orders is ``sum ||phi_r||^2 sum ||v||^2 / (n - 1)``, so one number
 a column is all that has to be kept, and the null itself has no noise.
 
 Phi and x are centred in each step: a constant shift, which a bias can give, is no capacity.

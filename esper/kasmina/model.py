@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -111,6 +112,10 @@ class MorphableModel(SlottedModel):
         self.kernel_cache = KernelCache(cache_bytes)
         self.observers: list[Callable[[Transition], None]] = []
         self._emptied: dict[tuple[str, int], None] = {}  # seeds on their way back to DORMANT
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        memo[id(self.observers)] = []  # they watch this model, not its copies
+        return super().__deepcopy__(memo)
 
     def get_model_stats(self) -> ModelStats:
         """Returns what is known of the whole model."""

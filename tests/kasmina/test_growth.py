@@ -236,7 +236,7 @@ def test_scores_need_no_converged_host():
 
 
 def test_a_planted_seed_closes_the_gap_that_the_score_saw():
-    """The score is of use: a seed where it is high lowers the loss, one where it is low does not."""
+    """A seed lowers the loss where the score is high, and does not where it is low."""
     x, target, _ = branch_task(1)
     host = converged(Branches(), x, target)
 
