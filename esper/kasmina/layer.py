@@ -304,6 +304,7 @@ class KasminaLayer(nn.Module):
                 f"slot {self.name!r}: the output has {h.shape[-1]} features, but must have "
                 f"{self.width}"
             )
+        self._num_rows += h.numel() // h.shape[-1]
         if x is not None:
             x = self._aligned_input(x, host, h)
         y, stats = self._blend(h, x, sampled)

@@ -28,7 +28,7 @@ State = SeedLifecycleState
 
 
 class Net(nn.Module):
-    """A host with an attribute and a method of its own, and a slot named like a method of modules."""
+    """A host with an attribute and a method of its own, and a slot named like a method."""
 
     def __init__(self):
         super().__init__()

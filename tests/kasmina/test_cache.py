@@ -1,0 +1,118 @@
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine
+from hypothesis.stateful import invariant
+from hypothesis.stateful import precondition
+from hypothesis.stateful import rule
+
+from esper.common.v1 import kernel_pb2
+from esper.kasmina.cache import CachedKernel
+from esper.kasmina.cache import KernelCache
+
+
+def entry(num_floats):
+    kernel = kernel_pb2.Kernel(blueprint_name="x")
+    return CachedKernel(kernel, {"A": torch.zeros(num_floats)})
+
+
+def test_an_entry_is_charged_for_kernel_and_weights():
+    assert entry(100).num_bytes == 400 + entry(0).kernel.ByteSize()
+    assert CachedKernel(entry(0).kernel, None).num_bytes == entry(0).kernel.ByteSize()
+
+
+def test_the_least_recently_used_kernel_goes_first():
+    size = entry(100).num_bytes
+    cache = KernelCache(2 * size)
+    for digest in "ab":
+        cache.put(digest, entry(100))
+    assert cache.get("a") is not None  # b is now the older one
+    cache.put("c", entry(100))
+    assert cache.get("b") is None
+    assert cache.get("a") is not None and cache.get("c") is not None
+    stats = cache.stats()
+    assert (stats.hits, stats.misses, stats.evictions) == (3, 1, 1)
+    assert stats.num_bytes == stats.capacity_bytes == 2 * size
+
+
+def test_kernels_in_use_stay_even_over_capacity():
+    cache = KernelCache(entry(100).num_bytes)
+    cache.put("a", entry(100))
+    cache.acquire("a")
+    cache.acquire("a")
+    cache.put("b", entry(200))
+    assert cache.get("a") is not None and cache.get("b") is None
+    cache.release("a")
+    cache.put("b", entry(200))
+    assert cache.get("a") is not None
+    cache.release("a")  # within capacity by itself: it stays for the next time
+    assert cache.stats().num_kernels == 1
+
+
+def test_without_capacity_only_kernels_in_use_are_held():
+    cache = KernelCache(0)
+    cache.put("a", entry(1))
+    assert cache.stats().num_kernels == 0
+    with pytest.raises(ValueError, match="capacity_bytes is -1"):
+        KernelCache(-1)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Against a plain list in order of use."""
+
+    def __init__(self):
+        super().__init__()
+        self.capacity = 3 * entry(10).num_bytes
+        self.cache = KernelCache(self.capacity)
+        self.order = []  # oldest first
+        self.sizes = {}
+        self.uses = {}
+
+    def shrink(self):
+        for digest in list(self.order):
+            if sum(self.sizes[d] for d in self.order) <= self.capacity:
+                break
+            if not self.uses.get(digest):
+                self.order.remove(digest)
+
+    @rule(digest=st.sampled_from("abcdef"), size=st.sampled_from([1, 10, 25]))
+    def put(self, digest, size):
+        self.cache.put(digest, entry(size))
+        if digest in self.order:
+            self.order.remove(digest)
+        self.order.append(digest)
+        self.sizes[digest] = entry(size).num_bytes
+        self.shrink()
+
+    @rule(digest=st.sampled_from("abcdef"))
+    def get(self, digest):
+        assert (self.cache.get(digest) is not None) == (digest in self.order)
+        if digest in self.order:
+            self.order.remove(digest)
+            self.order.append(digest)
+
+    @precondition(lambda self: self.order)
+    @rule(data=st.data())
+    def acquire(self, data):
+        digest = data.draw(st.sampled_from(self.order))
+        self.cache.acquire(digest)
+        self.uses[digest] = self.uses.get(digest, 0) + 1
+
+    @precondition(lambda self: any(self.uses.values()))
+    @rule(data=st.data())
+    def release(self, data):
+        digest = data.draw(st.sampled_from([d for d, count in self.uses.items() if count]))
+        self.cache.release(digest)
+        self.uses[digest] -= 1
+        self.shrink()
+
+    @invariant()
+    def agrees(self):
+        stats = self.cache.stats()
+        assert stats.num_kernels == len(self.order)
+        assert stats.num_bytes == sum(self.sizes[digest] for digest in self.order)
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(max_examples=40, deadline=None)
