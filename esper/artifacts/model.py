@@ -1,6 +1,7 @@
 """Saving and loading grown models; docs/model-format.md specifies the folder."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -87,6 +88,8 @@ def save(
             {name: _independent(tensor) for name, tensor in stored.items()}, folder / WEIGHTS_FILE
         )
         (folder / HISTORY_FILE).write_text("".join(lines), encoding="utf-8")
+        # safetensors lets nobody but the owner read; who may is for the umask to say.
+        shutil.copymode(folder / HISTORY_FILE, folder / WEIGHTS_FILE)
         kernels: dict[str, kernel_pb2.Kernel] = {}
         architecture = Architecture(
             esper_version=version("esper-morphogen"),

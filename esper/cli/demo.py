@@ -90,7 +90,7 @@ def command(
     the controls: the same model without growth, the same at equal compute, and a model of the final
     size at equal compute. Prints a table and the life of every seed.
     """
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     with _Bars(console) as bars:
         result = demo.run(out, seed=seed, epochs=epochs, mode=mode, plane=plane, progress=bars.show)
     print_report(console, result.report)

@@ -161,6 +161,7 @@ def test_folder_says_what_the_model_is(tmp_path: Path, grown: MorphableModel) ->
     path = tmp_path / "deep" / "model"
     esper.save(grown, path, task="digits", history=[event, event])
     assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
+    assert len({file.stat().st_mode for file in path.iterdir()}) == 1, "the umask says who may read"
     lines = (path / "growth_history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [event.to_json()] * 2
     document = json.loads((path / "architecture.json").read_text())
