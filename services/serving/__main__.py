@@ -13,7 +13,7 @@ from esper.services.serving import logs
 from esper.services.serving.context import StartupError
 from esper.services.serving.shell import ServerConfig
 from esper.services.serving.shell import select
-from esper.services.serving.shell import serve
+from esper.services.serving.shell import serve_process
 
 
 def parse(arguments: Sequence[str]) -> tuple[ServerConfig, bool]:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config, as_json = parse(arguments)
         logs.configure(as_json)
-        asyncio.run(serve(config))
+        asyncio.run(serve_process(config))
     except StartupError as error:
         print(f"esper: {error}", file=sys.stderr)
         return 1

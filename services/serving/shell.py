@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -103,17 +104,30 @@ def make_server(limits: ServerLimits) -> grpc.aio.Server:
     )
 
 
-def create_services(names: Sequence[str], context: ServiceContext) -> list[Service]:
-    """Loads and creates the services."""
-    services: list[Service] = []
+def create_services(names: Sequence[str], context: ServiceContext) -> Iterator[Service]:
+    """Loads and creates the services, one after the other."""
     for name in names:
         module = import_module(f"esper.services.{name}.service")
-        services.append(module.create(context))
-    return services
+        service: Service = module.create(context)
+        yield service
 
 
-async def serve(config: ServerConfig) -> None:
-    """Serves until SIGTERM, SIGINT or, where so configured, the end of the parent; then drains.
+async def serve_process(config: ServerConfig) -> None:
+    """Serves as what this process is for: until SIGTERM or SIGINT, private to this user.
+
+    Raises:
+        StartupError: With a reason not to start.
+    """
+    os.umask(0o077)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    await serve(config, stopping)
+
+
+async def serve(config: ServerConfig, stopping: asyncio.Event) -> None:
+    """Serves until `stopping` is set or, where so configured, the parent has ended; then drains.
 
     Prints one line to stdout when ready.
 
@@ -121,30 +135,29 @@ async def serve(config: ServerConfig) -> None:
         StartupError: With a reason not to start.
     """
     refuse_open_network(config.address, config.insecure)
-    os.umask(0o077)  # sockets and stores are this user's alone
     make_data_dir(config.data_dir)
-    stopping = asyncio.Event()
-    _stop_on_signals(stopping)
     server = make_server(config.limits)
     address = bind(server, config.address)
     context = ServiceContext(config.data_dir, config.urza or str(address), stopping)
     services: list[Service] = []
+    watch: asyncio.Task[None] | None = None
     try:
-        services += create_services(config.names, context)
-        for service in services:
+        for service in create_services(config.names, context):
+            services.append(service)
             service.add_to(server)
-        health_servicer = _add_shell_services(server, services, config.data_dir)
-        await server.start()
+        health_servicer = await _add_shell_services(server, services, config.data_dir)
         if config.exit_with_parent:
-            watch = asyncio.create_task(_watch_parent(stopping))
-            watch.add_done_callback(_raise_failure)
-        await _set_serving(health_servicer, services)
+            _stop_at_end_of_stdin(stopping)
+            watch = asyncio.create_task(_stop_without_parent(os.getppid(), stopping))
+        await server.start()
         print(f"esper plane ready: {' '.join(config.names)} on {address}", flush=True)
         LOG.info("serving %s on %s from %s", ", ".join(config.names), address, config.data_dir)
         await stopping.wait()
         LOG.info("draining")
         await health_servicer.enter_graceful_shutdown()
     finally:
+        if watch is not None:
+            watch.cancel()
         await server.stop(config.limits.drain_grace_s)
         for service in reversed(services):
             await service.close()
@@ -153,18 +166,14 @@ async def serve(config: ServerConfig) -> None:
     LOG.info("stopped")
 
 
-def _stop_on_signals(stopping: asyncio.Event) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-
-
-def _add_shell_services(
+async def _add_shell_services(
     server: grpc.aio.Server, services: Sequence[Service], data_dir: Path
 ) -> health.aio.HealthServicer:
     names = (info.FULL_NAME, *(name for service in services for name in service.full_names))
     plane_pb2_grpc.add_PlaneServiceServicer_to_server(info.PlaneServicer(names, data_dir), server)
     health_servicer = health.aio.HealthServicer()
+    for name in ("", *names):
+        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection(
         (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
@@ -172,32 +181,28 @@ def _add_shell_services(
     return health_servicer
 
 
-async def _set_serving(servicer: health.aio.HealthServicer, services: Sequence[Service]) -> None:
-    for name in ("", info.FULL_NAME, *(n for service in services for n in service.full_names)):
-        await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+# Two ways to notice the end of the parent, as each has a gap. The end of stdin tells at once, but
+# not while another child of the parent holds the pipe open; the parent's id tells in every case,
+# but only when looked at, and not of a parent that was gone before. PR_SET_PDEATHSIG is not among
+# them: it fires when the thread ends that started this process, which need not be the end of the
+# parent.
 
 
-async def _watch_parent(stopping: asyncio.Event) -> None:
-    """Sets `stopping` once the parent is gone.
-
-    The end of stdin tells at once, but not where another child of the parent holds the pipe open; a
-    changed parent id tells in every case, but only when looked at. PR_SET_PDEATHSIG would fire when
-    the thread ends that started this process, which need not be the end of the parent.
-    """
-    parent = os.getppid()
+def _stop_at_end_of_stdin(stopping: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
 
-    def read_stdin() -> None:
+    def read() -> None:
         if not os.read(0, 4096):
             loop.remove_reader(0)
             stopping.set()
 
-    loop.add_reader(0, read_stdin)
-    while os.getppid() == parent and not stopping.is_set():
+    try:
+        loop.add_reader(0, read)
+    except PermissionError:
+        raise StartupError("--exit-with-parent needs a pipe as stdin") from None
+
+
+async def _stop_without_parent(parent: int, stopping: asyncio.Event) -> None:
+    while os.getppid() == parent:
         await asyncio.sleep(PARENT_POLL_S)
     stopping.set()
-
-
-def _raise_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        raise AssertionError("the watch on the parent failed") from task.exception()
