@@ -114,9 +114,7 @@ class ReferenceModule(nn.Module):
         """
         if self.layout is not Layout.TOKENS:
             num_axes = len(self.layout.value.split(","))
-            torch._assert(  # type: ignore[no-untyped-call]
-                source.dim() == num_axes, f"the seed needs a {self.layout.value} source"
-            )
+            torch._assert(source.dim() == num_axes, f"the seed needs a {self.layout.value} source")
             return self._evaluate(source)
         last = source.movedim(1, -1) if self.channels_first else source
         g = self._evaluate(last.reshape(-1, self.source_width))

@@ -1,6 +1,8 @@
 """Compares a kernel with what its blueprint says: forward, gradients, and zero at birth."""
 
-from collections.abc import Iterable
+import functools
+import math
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,10 +31,12 @@ TOLERANCES = {
     torch.float16: 2e-3,
     torch.bfloat16: 1.5e-2,
 }
-# Gradients smaller than this part of the largest one are compared with that part instead of with
-# themselves, as a gradient that is 0 but for rounding has no relative error.
+# A tensor whose reference is smaller than this part of the largest one is measured against that
+# part, as one that is 0 but for rounding has no relative error.
 _SMALLEST_SCALE = 1e-3
 _MAX_DRAWS = 8
+_NUDGES = 3
+_NUDGE_BITS = 16.0
 
 _LEADING = {
     Layout.TOKENS: ((1,), (5,), (2, 17)),
@@ -43,30 +47,40 @@ _LEADING = {
 _CHANNELS_FIRST_TOKENS = ((1,), (2, 5), (2, 3, 4))
 
 
-@dataclass(frozen=True)
-class _Case:
-    """One comparison.
-
-    Attributes:
-        leading: Sizes of the axes other than the features.
-        draw: Seed of the random numbers.
-    """
-
-    leading: tuple[int, ...]
-    draw: int
+# What one evaluation returned, in float64: the output `y` with the seed's part added, and the
+# gradients of host output `h`, slot input `x` where it is read, and every parameter by name.
+_Outcome = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """What one evaluation returned, in float64.
+class _Comparison:
+    """How far two outcomes are apart.
 
     Attributes:
-        y: The host's output with the seed's added.
-        gradients: Those of host output, slot input where it is read, and every parameter.
+        differences: Largest absolute difference by name.
+        magnitudes: Largest magnitude of the reference by name.
     """
 
-    y: Tensor
-    gradients: tuple[Tensor, ...]
+    differences: Mapping[str, float]
+    magnitudes: Mapping[str, float]
+
+    def errors(self) -> dict[str, float]:
+        """Returns the largest differences relative to the largest magnitudes."""
+        floor = _SMALLEST_SCALE * max(self.magnitudes.values()) or 1.0
+        return {
+            name: difference / max(self.magnitudes[name], floor)
+            for name, difference in self.differences.items()
+        }
+
+    def within(self, tolerance: float) -> bool:
+        """Whether every error is; NaN is not."""
+        return all(error <= tolerance for error in self.errors().values())
+
+    def with_case(self, other: "_Comparison") -> "_Comparison":
+        """Returns both cases as one, so that a small case is measured against the larger ones."""
+        return _Comparison(
+            _worse(self.differences, other.differences), _worse(self.magnitudes, other.magnitudes)
+        )
 
 
 class Verifier:
@@ -92,7 +106,7 @@ class Verifier:
         self.dtype = own if self.native or own == torch.float64 else torch.float32
         self.tolerance = TOLERANCES[self.dtype]
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.step = torch.finfo(wide).eps
+        self.eps = torch.finfo(wide).eps
         cuda = self.signature.device_class == kernel_pb2.DEVICE_CLASS_CUDA
         self.device = torch.device("cuda" if cuda else "cpu")
 
@@ -102,26 +116,19 @@ class Verifier:
         if self.computation.graph.layout is Layout.TOKENS and self.channels_first:
             leading = _CHANNELS_FIRST_TOKENS
         failure = self._not_zero_at_birth(leading)
-        forward_error = gradient_error = 0.0
-        for case in (_Case(sizes, index) for index, sizes in enumerate(leading)):
-            forward, gradient, stable = self._compare(case)
-            forward_error = max(forward_error, forward)
-            gradient_error = max(gradient_error, gradient)
-            # A comparison with NaN is false, so NaN fails.
-            if not (forward <= self.tolerance and gradient <= self.tolerance):
-                shape = self._shape(case.leading, self.signature.source_width)
-                failure = failure or (
-                    f"differs from the reference for a source of shape {list(shape)}"
-                    if stable
-                    else f"the reference itself moves by more than the tolerance with the last bit "
-                    f"of a source of shape {list(shape)}"
-                )
+        cases = [self._compare(sizes, draw) for draw, sizes in enumerate(leading)]
+        errors = functools.reduce(_Comparison.with_case, cases).errors()
+        forward_error = errors.pop("y")
+        worst = functools.reduce(lambda a, b: b if _is_worse(errors[b], errors[a]) else a, errors)
+        for name, error in (("gradient of " + worst, errors[worst]), ("output", forward_error)):
+            if not error <= self.tolerance:
+                failure = failure or f"{name} differs from the reference by {error:.2g}"
         compared = "compiled core" if self.native else "interpreter"
         return kernel_pb2.ValidationReport(
             passed=not failure,
-            num_cases=len(leading),
+            num_cases=len(cases),
             forward_error=forward_error,
-            gradient_error=gradient_error,
+            gradient_error=errors[worst],
             tolerance=self.tolerance,
             detail=failure
             or f"{compared} in {self.dtype} against the blueprint's graph in float64, random "
@@ -130,39 +137,54 @@ class Verifier:
             esper_version=esper.__version__,
         )
 
-    def _compare(self, case: _Case) -> tuple[float, float, bool]:
-        """Returns forward error, gradient error, and whether the reference is stable there.
+    def _compare(self, leading: tuple[int, ...], draw: int) -> _Comparison:
+        """Compares kernel and reference for one shape.
 
         Where a rectifier or maximum sits at its kink, the gradient in float64 and in the kernel's
-        type may rightly differ; such a draw says nothing and is taken again.
+        type may rightly differ; such a draw says nothing and is taken again. It is known by the
+        reference's own gradient, which jumps when the source moves by a few last bits.
         """
-        forward = gradient = float("nan")
+        comparison = None
         for attempt in range(_MAX_DRAWS):
-            generator = torch.Generator().manual_seed(case.draw + 1000 * attempt)
+            generator = torch.Generator().manual_seed(draw + 1000 * attempt)
             weights = {spec.name: self._random(spec, generator) for spec in self.kernel.parameters}
-            h = self._normal(self._shape(case.leading, self.signature.chunk_width), generator)
+            h = self._normal(self._shape(leading, self.signature.chunk_width), generator)
             x = None
             if self.reads_input:
-                x = self._normal(self._shape(case.leading, self.signature.source_width), generator)
+                x = self._normal(self._shape(leading, self.signature.source_width), generator)
             dy = self._normal(h.shape, generator)
             reference = ReferenceModule(
                 self.computation, {name: tensor.double() for name, tensor in weights.items()}
             )
-            expected = self._run_reference(reference, h.double(), _double(x), dy.double())
-            actual = self._run_kernel(weights, h, x, dy)
-            forward = _error([actual.y], [expected.y])
-            gradient = _error(actual.gradients, expected.gradients)
-            if forward <= self.tolerance and gradient <= self.tolerance:
-                return forward, gradient, True
-            nudge = 1.0 + 4.0 * self.step
-            nudged_x = None if x is None else x.double() * nudge
-            nudged = self._run_reference(reference, h.double() * nudge, nudged_x, dy.double())
-            moved = max(
-                _error([nudged.y], [expected.y]), _error(nudged.gradients, expected.gradients)
-            )
-            if moved <= self.tolerance:
-                return forward, gradient, True
-        return forward, gradient, False
+            expected = self._run_reference(reference, h, x, dy)
+            comparison = _compare_outcomes(self._run_kernel(weights, h, x, dy), expected)
+            if comparison.within(self.tolerance):
+                break
+            if not self._at_kink(reference, (h, x, dy), expected, generator):
+                break
+        assert comparison is not None
+        return comparison
+
+    def _at_kink(
+        self,
+        reference: ReferenceModule,
+        draw: tuple[Tensor, Tensor | None, Tensor],
+        expected: _Outcome,
+        generator: torch.Generator,
+    ) -> bool:
+        """Whether the reference itself jumps when its source moves by a few last bits."""
+        h, x, dy = draw
+        source = h if x is None else x
+        for _ in range(_NUDGES):
+            signs = torch.randn(source.shape, generator=generator).sign()
+            for step in (_NUDGE_BITS * self.eps, -_NUDGE_BITS * self.eps):
+                moved = source.double() * (1.0 + step * signs)
+                outcome = self._run_reference(
+                    reference, moved if x is None else h, None if x is None else moved, dy
+                )
+                if not _compare_outcomes(outcome, expected).within(self.tolerance):
+                    return True
+        return False
 
     def _not_zero_at_birth(self, leading: Sequence[tuple[int, ...]]) -> str:
         """Returns what is wrong with the newborn kernel in its own element type, or nothing."""
@@ -177,7 +199,7 @@ class Verifier:
             if self.reads_input:
                 shape = self._shape(sizes, self.signature.source_width)
                 x = torch.randn(shape, generator=generator).to(own)
-            y = self._run_kernel(weights, h, x, torch.ones_like(h)).y
+            y = self._run_kernel(weights, h, x, torch.ones_like(h))["y"]
             if not torch.equal(y, h.double()):
                 return "does not add exactly zero at birth"
         return ""
@@ -186,11 +208,10 @@ class Verifier:
         self, reference: ReferenceModule, h: Tensor, x: Tensor | None, dy: Tensor
     ) -> _Outcome:
         reference.eval()
-        h.requires_grad_(True)
-        if x is not None:
-            x.requires_grad_(True)
+        h = h.double().requires_grad_(True)
+        x = None if x is None else x.double().requires_grad_(True)
         y = h + reference(h if x is None else x)
-        return _differentiate(y, dy, [h, x, *reference.parameters()])
+        return _differentiate(y, dy.double(), h, x, dict(reference.named_parameters()))
 
     def _run_kernel(
         self, weights: dict[str, Tensor], h: Tensor, x: Tensor | None, dy: Tensor
@@ -199,6 +220,7 @@ class Verifier:
         graft = Graft(self.kernel, self.digest, weights, place)
         graft.eval()
         parameters = graft.ordered_parameters()
+        named = dict(zip(weights, parameters, strict=True))
         h = h.detach().to(self.device).requires_grad_(True)
         x = None if x is None else x.detach().to(self.device).requires_grad_(True)
         if graft.network is not None:
@@ -215,7 +237,7 @@ class Verifier:
                 plan,
             )
             y = flat.movedim(-1, 1) if self.channels_first else flat
-        return _differentiate(y, dy.to(self.device), [h, x, *parameters])
+        return _differentiate(y, dy.to(self.device), h, x, named)
 
     def _features_last(self, tensor: Tensor) -> Tensor:
         return tensor.movedim(1, -1) if self.channels_first else tensor
@@ -243,28 +265,32 @@ def verify(lowered: Lowered) -> kernel_pb2.ValidationReport:
     return Verifier(lowered).report()
 
 
-def _double(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.double()
+def _differentiate(
+    y: Tensor, dy: Tensor, h: Tensor, x: Tensor | None, parameters: Mapping[str, Tensor]
+) -> _Outcome:
+    leaves = {"h": h} | ({} if x is None else {"x": x}) | dict(parameters)
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
+    outcome = {"y": y.detach().double().cpu()}
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        present = torch.zeros_like(leaf) if gradient is None else gradient
+        outcome[name] = present.detach().double().cpu()
+    return outcome
 
 
-def _differentiate(y: Tensor, dy: Tensor, leaves: Iterable[Tensor | None]) -> _Outcome:
-    present = [leaf for leaf in leaves if leaf is not None]
-    gradients = torch.autograd.grad(y, present, dy, allow_unused=True)
-    return _Outcome(
-        y.detach().double().cpu(),
-        tuple(
-            torch.zeros(leaf.shape, dtype=torch.float64) if grad is None else grad.double().cpu()
-            for leaf, grad in zip(present, gradients, strict=True)
-        ),
+def _compare_outcomes(actual: _Outcome, expected: _Outcome) -> _Comparison:
+    return _Comparison(
+        {name: float((actual[name] - expected[name]).abs().max()) for name in expected},
+        {name: float(tensor.abs().max()) for name, tensor in expected.items()},
     )
 
 
-def _error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Returns the largest difference relative to the largest magnitude of each reference tensor."""
-    magnitudes = [float(tensor.abs().max()) for tensor in expected]
-    floor = max(max(magnitudes) * _SMALLEST_SCALE, torch.finfo(torch.float64).tiny)
-    errors = [
-        float((a - e).abs().max()) / max(magnitude, floor)
-        for a, e, magnitude in zip(actual, expected, magnitudes, strict=True)
-    ]
-    return float(torch.tensor(errors, dtype=torch.float64).max())
+def _worse(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    return {
+        name: second[name] if _is_worse(second[name], value) else value
+        for name, value in first.items()
+    }
+
+
+def _is_worse(a: float, b: float) -> bool:
+    """Whether a is larger than b; NaN is larger than everything."""
+    return math.isnan(a) or a > b

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import assume
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from esper.blueprints.builder import GraphBuilder
@@ -235,7 +234,6 @@ def test_hyperparameters_count(blueprint: blueprint_pb2.Blueprint) -> None:
     assert len(digests) == 7
 
 
-@settings(deadline=None)
 @given(GRAPHS, st.integers(1, 9), st.lists(st.integers(0, 4), max_size=2))
 def test_a_lowered_kernel_computes_what_the_blueprint_says(
     blueprint: blueprint_pb2.Blueprint, width: int, leading: list[int]

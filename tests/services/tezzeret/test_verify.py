@@ -63,7 +63,7 @@ def test_starting_blueprints_pass_in_every_type(name: str, dtype: kernel_pb2.Dat
             assert report.tolerance < 1e-11
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(["lora", "bottleneck", "glu"]),
     source=st.sampled_from(["output", "input"]),
@@ -98,7 +98,7 @@ def test_a_kernel_that_is_not_its_blueprint_is_caught(
     corrupt(made.kernel)
     report = verify(made)
     assert not report.passed
-    assert report.detail.startswith("differs from the reference for a source of shape")
+    assert "differs from the reference by" in report.detail
     assert report.forward_error > report.tolerance
 
 
@@ -148,9 +148,10 @@ def test_every_layout_is_compared_in_its_own_shapes() -> None:
         assert report.passed, report.detail
 
 
-def test_a_rectifier_at_its_kink_is_no_fault() -> None:
-    # 3 x 17 tokens and 4096 hidden units put some preactivation within float32 of 0.
-    report = verify(lowered(get("widen", rank=4096), width=64, source_width=64))
+@pytest.mark.parametrize("rank", [4121, 4282])
+def test_a_rectifier_at_its_kink_is_no_fault(rank: int) -> None:
+    # At these ranks a preactivation of the first draw rounds to the other side of 0 in float32.
+    report = verify(lowered(get("widen", rank=rank), width=1, source_width=512))
     assert report.passed, report.detail
 
 
