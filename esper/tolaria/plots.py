@@ -1,5 +1,6 @@
 """growth.png: how a model grew, at a glance."""
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def growth_curves(history: History) -> Curves:
 
 
 def _alphas(history: History) -> dict[tuple[str, int], Series]:
-    """Alpha over steps: 0 until GRAFTING, 1 from STABILIZATION on, 0 again once removed."""
+    """Alpha over steps: 0 until GRAFTING, 1 from STABILIZATION on, 0 and a gap once removed."""
     points: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for event in history.events:
         track = points.setdefault((event.slot, event.seed), [])
@@ -78,7 +79,8 @@ def _alphas(history: History) -> dict[tuple[str, int], Series]:
         elif event.after == "STABILIZATION":
             track.append((event.step, 1.0))
         elif event.after in ("CULLED", "CANCELLED", "ROLLED_BACK") and track:
-            track += [(event.step, track[-1][1]), (event.step, 0.0)]
+            # The gap keeps a later graft in the same seed from being joined to this one.
+            track += [(event.step, track[-1][1]), (event.step, 0.0), (event.step, math.nan)]
     for epoch in history.epochs:
         for key, alpha in epoch.alphas.items():
             points.setdefault(key, []).append((epoch.step, alpha))
