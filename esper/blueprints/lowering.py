@@ -7,7 +7,6 @@ from esper.blueprints.attributes import encode
 from esper.blueprints.attributes import encode_size
 from esper.blueprints.checker import CheckedGraph
 from esper.blueprints.checker import CheckedNode
-from esper.blueprints.checker import Layout
 from esper.blueprints.checker import check
 from esper.blueprints.checker import rank_binding
 from esper.blueprints.digest import blueprint_digest
@@ -124,16 +123,14 @@ def _match_noop(graph: CheckedGraph, kernel: kernel_pb2.Kernel) -> _Names | None
 def _match_affine(graph: CheckedGraph, kernel: kernel_pb2.Kernel) -> _Names | None:
     if _ops(graph) != ["scale"] or "factor" in graph.nodes[0].attributes:
         return None
-    attributes = graph.nodes[0].attributes
-    if attributes.integer("axis") % len(graph.input_shape) != graph.feature_axis:
-        return None
-    bias = attributes.flag("bias")
+    # The checker allows a learned scale along a size that is known now, and that is the features'.
+    bias = graph.nodes[0].attributes.flag("bias")
     kernel.affine.bias = bias
     return _Names({(0, "weight"): "w"} | ({(0, "bias"): "b"} if bias else {}))
 
 
 def _match_low_rank(graph: CheckedGraph, kernel: kernel_pb2.Kernel) -> _Names | None:
-    if _ops(graph) != ["low_rank_matmul"] or not _features_last(graph):
+    if _ops(graph) != ["low_rank_matmul"]:
         return None
     (node,) = graph.nodes
     bias = node.attributes.flag("bias")
@@ -151,9 +148,8 @@ def _match_bottleneck(graph: CheckedGraph, kernel: kernel_pb2.Kernel) -> _Names 
         activation = ops[1]
     else:
         return None
-    # Reachable nodes of one operand each form a chain.
-    if not _features_last(graph):
-        return None
+    # Reachable nodes of one operand each form a chain, and for the checker to let a linear read the
+    # input its features are on the last axis.
     last = len(ops) - 1
     entry, leave = graph.nodes[0], graph.nodes[last]
     kernel.bottleneck.activation = ACTIVATIONS[activation]
@@ -164,7 +160,7 @@ def _match_bottleneck(graph: CheckedGraph, kernel: kernel_pb2.Kernel) -> _Names 
 
 
 def _match_gated(graph: CheckedGraph, kernel: kernel_pb2.Kernel) -> _Names | None:
-    if _ops(graph) != ["linear", "linear", "gate", "linear"] or not _features_last(graph):
+    if _ops(graph) != ["linear", "linear", "gate", "linear"]:
         return None
     first, second, gate, leave = graph.nodes
     from_input = first.inputs == second.inputs == ((0, 0),)
@@ -213,10 +209,6 @@ def canonical_graph(graph: CheckedGraph) -> blueprint_pb2.Graph:
 
 def _ops(graph: CheckedGraph) -> list[str]:
     return [node.spec.name for node in graph.nodes]
-
-
-def _features_last(graph: CheckedGraph) -> bool:
-    return graph.layout in (Layout.TOKENS, Layout.SEQUENCE)
 
 
 def _linear_names(

@@ -69,7 +69,20 @@ REFUSED: list[tuple[Change, str, str, str]] = [
         "float_value",
         "whole number",
     ),
+    (
+        lambda b: [b.hyperparameters.add(name=f"h{i}") for i in range(61)],
+        "hyperparameters",
+        "65",
+        "at most 64",
+    ),
     (lambda b: b.ClearField("graph"), "graph.inputs", "0", "exactly 1"),
+    (lambda b: b.graph.inputs[0].ClearField("shape"), "graph.inputs[0].shape", "0", "1 to 8 axes"),
+    (
+        lambda b: b.graph.inputs[0].shape.dims.add(),
+        "graph.inputs[0].shape.dims[2]",
+        "",
+        "must have a size or a symbol",
+    ),
     (lambda b: b.graph.inputs.add(), "graph.inputs", "2", "exactly 1"),
     (lambda b: b.graph.outputs.add(node="x"), "graph.outputs", "2", "exactly 1"),
     (lambda b: setattr(b.graph.inputs[0], "source", 0), "graph.inputs[0].source", "0", "OUTPUT"),
@@ -253,6 +266,18 @@ def _concat() -> blueprint_pb2.Blueprint:
     return blueprint_of(graph, graph.node("concat", graph.input, turned, axis=1))
 
 
+def _concat_axes() -> blueprint_pb2.Blueprint:
+    graph = GraphBuilder()
+    reduced = graph.node("sum", graph.input)
+    return blueprint_of(graph, graph.node("concat", graph.input, reduced))
+
+
+def _too_wide() -> blueprint_pb2.Blueprint:
+    graph = GraphBuilder()
+    wide = graph.node("linear", graph.input, out=2**30)
+    return blueprint_of(graph, graph.node("concat", wide, wide, wide))
+
+
 def _split_output() -> blueprint_pb2.Blueprint:
     graph = GraphBuilder(width=6)
     parts = graph.node("split", graph.input, parts=2)
@@ -272,6 +297,9 @@ SHAPES: list[tuple[Callable[[], object], str, str]] = [
     (_one("split", parts=2, axis=1, layout=SEQUENCE), "graph.nodes[0].attributes.parts", "size T"),
     (_split_output, "graph.outputs[0].output_index", "has 2 output(s)"),
     (_concat, "graph.nodes[1].inputs[1]", "sizes D and T of axis 2 must be equal"),
+    (_one("permute", axes=(0,) * 9), "graph.nodes[0].attributes.axes", "at most 8 numbers"),
+    (_concat_axes, "graph.nodes[1].inputs[1]", "must have as many axes as [N, D]"),
+    (_too_wide, "graph.nodes[1]", "axes must have at most 2147483647 elements"),
     (_one("permute", axes=(1, 0)), "graph.nodes[0].attributes.axes", "must be 0 and then"),
     (_one("permute", axes=(0, 0)), "graph.nodes[0].attributes.axes", "each once"),
     (_one("reshape", shape=("D", "N")), "graph.nodes[0].attributes.shape", "begin with the token"),
