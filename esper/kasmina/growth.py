@@ -17,6 +17,7 @@ Shape suffixes: N sampled rows, D features of the output, F random features, X f
 Linear's input, Z features of what a seed reads.
 """
 
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -185,14 +186,15 @@ class GrowthProbe:
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
             # Sampled rows stand for all of them.
             v_ND = _centred(_rows(dy, pending.stride) * -float(pending.stride))
-            if not bool(torch.isfinite(v_ND).all()):  # an overflowed loss scale says nothing
+            energy_D = v_ND.square().sum(dim=0) * (len(v_ND) / (len(v_ND) - 1))
+            if not math.isfinite(energy_D.sum().item()):  # an overflowed loss scale says nothing
                 return
             for block, phi_NF in zip(self._blocks, pending.phis, strict=True):
                 begin, end = block.targets
                 block.p_FD.addmm_(phi_NF.T, v_ND[:, begin:end])
             if pending.x_NX is not None:
                 self._m_XD.addmm_(pending.x_NX.T, v_ND)
-            self._v_energy_D += v_ND.square().sum(dim=0) * (len(v_ND) / (len(v_ND) - 1))
+            self._v_energy_D += energy_D
         if step != self._last_step:
             self._last_step = step
             self._num_steps += 1
@@ -229,8 +231,11 @@ class GrowthProbe:
 
 
 def _rows(tensor: Tensor, stride: int) -> Tensor:
-    """Sampled token rows in float32, a copy, since later layers may write in place."""
-    return tensor.detach().reshape(-1, tensor.shape[-1])[::stride].float().clone()
+    """Sampled token rows in float32.
+
+    They may share memory with the model, where later layers may write in place: use them at once.
+    """
+    return tensor.detach().reshape(-1, tensor.shape[-1])[::stride].float()
 
 
 def _centred(rows: Tensor) -> Tensor:
