@@ -104,7 +104,7 @@ class TrainingCost:
                 num_samples = len(self._loss(twin, self._example))
                 forward = count_flops(lambda: self._loss(twin, self._example))
             twin.train()
-            if isinstance(twin, MorphableModel):
+            if isinstance(twin, MorphableModel) and twin.telemetry_enabled:
                 interval = twin.telemetry_interval
                 twin.enable_telemetry(False)
                 plain = count_flops(lambda: self._train_step(twin))
@@ -124,5 +124,6 @@ class TrainingCost:
 def _structure(model: nn.Module) -> object:
     """Returns a key that changes whenever the model's cost may change."""
     if isinstance(model, MorphableModel):
-        return model.bank.states().tobytes(), model.telemetry_enabled
+        sampled = model.telemetry_interval if model.telemetry_enabled else None
+        return model.bank.states().tobytes(), sampled
     return None
