@@ -79,7 +79,7 @@ def _count(records: Iterator[object]) -> int:
 def format_duration(seconds: float) -> str:
     """Returns a time as `1 d 2 h`, `3 min 4 s` or `5 s`: its two largest units."""
     remaining = int(seconds)
-    parts = []
+    parts: list[str] = []
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
         count, remaining = divmod(remaining, size)
         if count or parts:

@@ -35,7 +35,7 @@ class Violation:
     description: str
 
 
-class RpcError(grpc.RpcError):
+class RpcError(Exception):
     """A call that the plane refused or did not answer, with what its status says.
 
     Attributes:
@@ -91,11 +91,9 @@ def readable_errors() -> Iterator[None]:
     """Turns a `grpc.RpcError` raised inside into an `RpcError` that names reason and fields.
 
     Raises:
-        RpcError: In place of every other `grpc.RpcError`.
+        RpcError: In place of every `grpc.RpcError`.
     """
     try:
         yield
-    except RpcError:
-        raise
     except grpc.RpcError as error:
         raise decode_error(error) from error

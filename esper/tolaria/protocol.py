@@ -70,9 +70,7 @@ def complete_plan(
         complete = controller_pb2.GraftPlan(
             training_steps=defaults.training_steps,
             alpha=lifecycle_pb2.AlphaSchedule(
-                kind=lifecycle_pb2.AlphaScheduleKind.Value(
-                    f"ALPHA_SCHEDULE_KIND_{defaults.ramp.upper()}"
-                ),
+                kind=f"ALPHA_SCHEDULE_KIND_{defaults.ramp.upper()}",
                 steps=defaults.ramp_steps,
             ),
             stabilization_steps=defaults.stabilization_steps,

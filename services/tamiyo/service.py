@@ -10,6 +10,7 @@ import grpc
 from esper.common.v1 import kernel_pb2
 from esper.plane import Plane
 from esper.plane import connect
+from esper.services.serving.context import CallContext
 from esper.services.serving.context import ServiceContext
 from esper.services.serving.errors import invalid
 from esper.services.serving.errors import not_found
@@ -98,7 +99,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     async def Advise(
         self,
         request_iterator: AsyncIterator[controller_pb2.AdviseRequest],
-        context: grpc.aio.ServicerContext,
+        context: CallContext,
     ) -> AsyncIterator[controller_pb2.AdviseResponse]:
         """Answers every observation of the stream with one response."""
         state = RunState()
@@ -111,13 +112,13 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             )
 
     async def ListPolicies(
-        self, request: controller_pb2.ListPoliciesRequest, context: grpc.aio.ServicerContext
+        self, request: controller_pb2.ListPoliciesRequest, context: CallContext
     ) -> controller_pb2.ListPoliciesResponse:
         """Returns the one policy that this server runs."""
         return controller_pb2.ListPoliciesResponse(policies=[self._describe()])
 
     async def GetPolicy(
-        self, request: controller_pb2.GetPolicyRequest, context: grpc.aio.ServicerContext
+        self, request: controller_pb2.GetPolicyRequest, context: CallContext
     ) -> controller_pb2.GetPolicyResponse:
         """Returns a policy by name."""
         policy = self._describe()
@@ -126,31 +127,30 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         return controller_pb2.GetPolicyResponse(policy=policy)
 
     async def ExplainDecision(
-        self, request: controller_pb2.ExplainDecisionRequest, context: grpc.aio.ServicerContext
+        self, request: controller_pb2.ExplainDecisionRequest, context: CallContext
     ) -> controller_pb2.ExplainDecisionResponse:
         """Not served yet."""
-        raise unimplemented("ExplainDecision")
+        raise unimplemented("esper.tamiyo.v1.ControllerService/ExplainDecision")
 
     async def ReportOutcomes(
         self,
         request_iterator: AsyncIterator[controller_pb2.ReportOutcomesRequest],
-        context: grpc.aio.ServicerContext,
+        context: CallContext,
     ) -> controller_pb2.ReportOutcomesResponse:
         """Not served yet."""
-        raise unimplemented("ReportOutcomes")
+        raise unimplemented("esper.tamiyo.v1.ControllerService/ReportOutcomes")
 
     async def ActivatePolicy(
-        self, request: controller_pb2.ActivatePolicyRequest, context: grpc.aio.ServicerContext
+        self, request: controller_pb2.ActivatePolicyRequest, context: CallContext
     ) -> controller_pb2.ActivatePolicyResponse:
         """Not served yet."""
-        raise unimplemented("ActivatePolicy")
+        raise unimplemented("esper.tamiyo.v1.ControllerService/ActivatePolicy")
 
-    async def TrainPolicy(
-        self, request: controller_pb2.TrainPolicyRequest, context: grpc.aio.ServicerContext
+    def TrainPolicy(
+        self, request: controller_pb2.TrainPolicyRequest, context: CallContext
     ) -> AsyncIterator[controller_pb2.TrainPolicyResponse]:
         """Not served yet."""
-        raise unimplemented("TrainPolicy")
-        yield  # makes this a stream
+        raise unimplemented("esper.tamiyo.v1.ControllerService/TrainPolicy")
 
     def _describe(self) -> controller_pb2.Policy:
         return controller_pb2.Policy(
