@@ -154,6 +154,25 @@ def test_a_block_must_keep_its_width():
         model(X[:3])
 
 
+def test_a_block_may_return_another_type_than_its_parameters():
+    class Upcasts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 8)
+
+        def forward(self, x):
+            return self.linear(x).float()
+
+    model = wrap(nn.Sequential(Upcasts().bfloat16()), "0")
+    bare = model(X.bfloat16())
+    train(model, "0", 0, "FINE_TUNING")
+    grown = model(X.bfloat16())
+    assert grown.dtype == torch.float32 and not torch.equal(grown, bare)
+    grown.square().mean().backward()
+    parameters = model.seed_parameters("0", 0)
+    assert all(p.dtype == p.grad.dtype == torch.bfloat16 for p in parameters)
+
+
 def test_input_seeds_need_an_input_of_the_outputs_tokens():
     model = wrap(nn.Sequential(nn.Embedding(9, 8), nn.Conv1d(8, 8, 3, stride=2)))
     model(torch.zeros(2, 8, dtype=torch.long))
