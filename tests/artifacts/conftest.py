@@ -1,6 +1,7 @@
 """Hosts and grown models for the tests of models at rest."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,3 +98,9 @@ def grown(new_host: Callable[..., nn.Module], tokens: Tensor, plant: Plant) -> M
     plant(model, "block.2", 1, "affine", until="GRAFTING")
     model.cull("block.2", 1)
     return model
+
+
+@pytest.fixture
+def folder(tmp_path: Path, grown: MorphableModel) -> Path:
+    esper.save(grown, tmp_path / "model")
+    return tmp_path / "model"
