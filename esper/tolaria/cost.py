@@ -12,9 +12,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.kasmina import MorphableModel
+from esper.kasmina.grafts import Graft
 from esper.tolaria.evaluation import Batch
 from esper.tolaria.evaluation import SampleLoss
 
@@ -34,16 +36,26 @@ class TrainingCost:
             forwards.
         loss: Per-sample loss, as in ``Session``.
         batches: Batches like those that are trained on; the first is the sample measured.
+
+    Raises:
+        ValueError: If there is no batch.
     """
 
     def __init__(self, model: nn.Module, loss: SampleLoss, batches: Iterable[Batch]) -> None:
         self._model = model
         self._loss = loss
         with torch.random.fork_rng():
-            self._example = next(iter(batches))
+            example = next(iter(batches), None)
+        if example is None:
+            raise ValueError("batches has 0 batches, but one is needed to measure the cost")
+        self._example = example
         self._spent = {"train": 0.0, "evaluation": 0.0, "trial": 0.0}
         self._measured: dict[object, tuple[float, float]] = {}
         self._hook = model.register_forward_pre_hook(self._count_samples, with_kwargs=True)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "TrainingCost":
+        # A copy of the model takes its hook along; it counts nothing there, and copies no data.
+        return self
 
     @property
     def by_category(self) -> dict[str, int]:
@@ -78,10 +90,8 @@ class TrainingCost:
     def _count_samples(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
-        if module.training and torch.is_grad_enabled():
-            tensors = [*args, *kwargs.values()]
-            samples = next((len(t) for t in tensors if isinstance(t, torch.Tensor)), 0)
-            self._spent["train"] += samples * self._per_sample()[1]
+        if module is self._model and module.training and torch.is_grad_enabled():
+            self._spent["train"] += _num_samples(args, kwargs) * self._per_sample()[1]
 
     def _per_sample(self) -> tuple[float, float]:
         structure = _structure(self._model)
@@ -91,13 +101,7 @@ class TrainingCost:
 
     def _measure(self) -> tuple[float, float]:
         """Returns (forward, training step) operations per sample, measured on a copy."""
-        self._hook.remove()  # the copy must not count itself
-        try:
-            twin = copy.deepcopy(self._model)
-        finally:
-            self._hook = self._model.register_forward_pre_hook(
-                self._count_samples, with_kwargs=True
-            )
+        twin = copy.deepcopy(self._model)
         with torch.random.fork_rng():
             twin.eval()
             with torch.no_grad():
@@ -118,12 +122,28 @@ class TrainingCost:
 
     def _train_step(self, model: nn.Module) -> None:
         with torch.enable_grad():
-            torch.autograd.backward(self._loss(model, self._example).mean())
+            loss = self._loss(model, self._example).mean()
+            if loss.requires_grad:  # a frozen host without seeds has no backward
+                torch.autograd.backward(loss)
+
+
+def _num_samples(args: tuple[object, ...], kwargs: dict[str, object]) -> int:
+    """Size of the batch: the first axis of the first tensor that has one, in containers too."""
+    for value in tree_leaves((args, kwargs)):
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            return len(value)
+    return 0
 
 
 def _structure(model: nn.Module) -> object:
     """Returns a key that changes whenever the model's cost may change."""
-    if isinstance(model, MorphableModel):
-        sampled = model.telemetry_interval if model.telemetry_enabled else None
-        return model.bank.states().tobytes(), sampled
-    return None
+    if not isinstance(model, MorphableModel):
+        return None
+    kernels = tuple(
+        graft.digest
+        for layer in model.slots.values()
+        for graft in layer.grafts.values()
+        if isinstance(graft, Graft)
+    )
+    sampled = model.telemetry_interval if model.telemetry_enabled else None
+    return model.bank.states().tobytes(), kernels, sampled

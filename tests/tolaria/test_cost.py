@@ -1,5 +1,7 @@
 """The bill of a run: every operation is on it, counted by torch's own counter."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -117,3 +119,60 @@ def test_counting_leaves_no_trace(task: tasks.Task) -> None:
         for a, b in zip(counted.parameters(), bare.parameters(), strict=True):
             assert a.grad is not None and b.grad is not None
             assert torch.equal(a.grad, b.grad)
+
+
+def wrapped(task: tasks.Task) -> esper.MorphableModel:
+    return esper.wrap(
+        task.host(), target_layers=["net"], seeds_per_layer=1, telemetry_enabled=False
+    )
+
+
+def test_another_kernel_in_the_same_seed_has_another_price(task: tasks.Task) -> None:
+    model = wrapped(task)
+    model(task.train.inputs[:2])
+    cost = TrainingCost(model, task.loss, task.held_out_batches())
+    found = []
+    for rank in (2, 16):
+        model.germinate("net", 0, "widen", rank=rank)
+        model.advance("net", 0, "TRAINING")
+        found.append(cost.step_flops_per_sample() - FORWARD - BACKWARD)
+        model.unload_kernel("net", 0)
+        model.tick()
+    assert found[1] == 8 * found[0] > 0
+
+
+def test_a_frozen_host_has_no_backward_to_pay_for(task: tasks.Task) -> None:
+    model = wrapped(task)
+    model.host.requires_grad_(False)
+    cost = TrainingCost(model, task.loss, task.held_out_batches())
+    assert cost.step_flops_per_sample() == cost.forward_flops_per_sample() == FORWARD
+
+
+def test_samples_are_counted_in_any_form_of_input() -> None:
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, scale: Tensor, batch: dict[str, Tensor]) -> Tensor:
+            return scale * self.layer(batch["x"]).square().sum(dim=1)
+
+    model = Host()
+    batches = [{"x": torch.ones(5, 3)}]
+    cost = TrainingCost(model, lambda m, batch: m(torch.tensor(2.0), batch), batches)
+    model(torch.tensor(2.0), {"x": torch.ones(7, 3)})
+    assert cost.total == round(7 * cost.step_flops_per_sample()) > 0
+
+
+def test_a_copy_of_the_model_counts_nothing_and_copies_no_data(task: tasks.Task) -> None:
+    model = wrapped(task)
+    cost = TrainingCost(model, task.loss, task.held_out_batches())
+    copied = copy.deepcopy(model)
+    assert all(hook.__self__ is cost for hook in copied._forward_pre_hooks.values())
+    train(copied, task, steps=2)
+    assert cost.total == 0
+
+
+def test_no_held_out_batch_is_refused(task: tasks.Task) -> None:
+    with pytest.raises(ValueError, match="0 batches"):
+        TrainingCost(task.host(), task.loss, [])
