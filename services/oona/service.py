@@ -42,24 +42,28 @@ class EventServicer(event_pb2_grpc.EventServiceServicer):
         request_iterator: AsyncIterator[event_pb2.PublishRequest],
         context: CallContext,
     ) -> AsyncIterator[event_pb2.PublishResponse]:
-        pending: asyncio.Queue[tuple[str, asyncio.Future[int]] | None]
+        # Offsets to come, in order; then None, or what was wrong with the request after them.
+        pending: asyncio.Queue[tuple[str, asyncio.Future[int]] | Exception | None]
         pending = asyncio.Queue(MAX_UNACKNOWLEDGED)
 
         async def append_all() -> None:
+            end: Exception | None = None
             try:
                 async for request in request_iterator:
                     require(validate.publish(request))
                     offset = asyncio.wrap_future(self._log.append(request))
                     await pending.put((request.request_id, offset))
-            finally:
-                await pending.put(None)  # what came before is still acknowledged
+            except Exception as problem:  # raised below, once what came before is acknowledged
+                end = problem
+            await pending.put(end)
 
         appending = asyncio.create_task(append_all())
         try:
-            while (entry := await pending.get()) is not None:
+            while isinstance(entry := await pending.get(), tuple):
                 request_id, offset = entry
                 yield event_pb2.PublishResponse(offset=await offset, request_id=request_id)
-            await appending  # raises what was wrong with the last request
+            if entry is not None:
+                raise entry
         finally:
             appending.cancel()
 

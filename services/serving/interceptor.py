@@ -98,6 +98,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _call(self, method: str, context: CallContext) -> AsyncIterator[None]:
         started_s = time.perf_counter()
+        peer = context.peer()  # gRPC crashes when asked after the call was cancelled
         code = grpc.StatusCode.OK
         reason = ""
         self._running += 1
@@ -131,7 +132,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise AssertionError("abort_with_status raises") from error
         finally:
             self._running -= 1
-            _log_call(method, context.peer(), code, reason, started_s)
+            _log_call(method, peer, code, reason, started_s)
 
     def _too_slow(self) -> ServiceError:
         return ServiceError(

@@ -15,6 +15,7 @@ from esper.services.urza import library as rows
 from esper.services.urza import validate
 from esper.services.urza.blobs import TABLE as BLOB_TABLE
 from esper.services.urza.blobs import BlobStore
+from esper.services.urza.blobs import Upload
 from esper.services.urza.library import Library
 from esper.services.urza.names import check_digest
 from esper.services.urza.resources import digest_of_blueprint
@@ -48,7 +49,14 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
             raise invalid("digest", None, "is required in the first message")
         require(validate.begin_write(first))
         digest = first.digest
-        upload = await asyncio.to_thread(self._blobs.begin, digest, first.write_offset)
+        opening = asyncio.ensure_future(
+            asyncio.to_thread(self._blobs.begin, digest, first.write_offset)
+        )
+        try:
+            upload = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_abandon)
+            raise
         if upload is None:
             return blob_pb2.WriteBlobResponse(committed_size=digest.size_bytes)
         finished = False
@@ -70,7 +78,9 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
                 return blob_pb2.WriteBlobResponse(committed_size=digest.size_bytes)
         finally:
             if not finished:
-                held = await asyncio.to_thread(upload.interrupt)
+                # Shielded: gRPC may cancel a call twice, and what has come must be kept all the
+                # same.
+                held = await asyncio.shield(asyncio.to_thread(upload.interrupt))
         return blob_pb2.WriteBlobResponse(committed_size=held)
 
     async def ReadBlob(
@@ -94,6 +104,14 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
         require(check_digest("digest", request.digest))
         committed, complete = self._blobs.committed(request.digest)
         return blob_pb2.QueryWriteResponse(committed_size=committed, complete=complete)
+
+
+def _abandon(opening: "asyncio.Future[Upload | None]") -> None:
+    """Gives an upload back that was opened for a call which had been cancelled meanwhile."""
+    if not opening.cancelled() and opening.exception() is None:
+        upload = opening.result()
+        if upload is not None:
+            upload.interrupt()
 
 
 class LibraryServicer(library_pb2_grpc.LibraryServiceServicer):
