@@ -68,7 +68,7 @@ class _Bars:
     help="Folder for report.json, growth.png and model/.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--epochs", type=click.IntRange(min=1), default=60, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=demo.EPOCHS, show_default=True)
 @click.option(
     "--mode",
     type=click.Choice(["lockstep", "async"]),

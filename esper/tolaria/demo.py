@@ -21,6 +21,9 @@ import torch
 from torch import nn
 
 from esper.artifacts import save
+from esper.config import Candidate
+from esper.config import EsperConfig
+from esper.config import GraftConfig
 from esper.kasmina import MorphableModel
 from esper.kasmina import wrap
 from esper.tolaria import tasks
@@ -35,7 +38,14 @@ from esper.tolaria.session import Mode
 from esper.tolaria.trainer import Trainer
 from esper.tolaria.trainer import train_epoch
 
+EPOCHS = 30
 LEARNING_RATE = 0.01
+# Chosen on validation data with seeds 10 to 15, see docs/results.
+GROWTH = EsperConfig(
+    candidates=(Candidate(blueprint="widen"),),
+    graft=GraftConfig(training_steps=5, ramp_steps=10, stabilization_steps=5),
+    telemetry_interval=2,
+)
 GROWN = "grown"
 STATIC_SMALL = "static small"
 STATIC_SMALL_EQUAL = "static small, equal compute"
@@ -64,7 +74,7 @@ def run(
     out: Path,
     *,
     seed: int = 0,
-    epochs: int = 60,
+    epochs: int = EPOCHS,
     mode: Mode = "lockstep",
     plane: Address | None = None,
     progress: Progress = lambda arm, share, text: None,
@@ -85,7 +95,7 @@ def run(
     """
     out.mkdir(parents=True, exist_ok=True)
     task = tasks.get("digits")
-    model = wrap(task.host(seed), target_layers=["net", nn.Linear], seeds_per_layer=4)
+    model = wrap(task.host(seed), target_layers=["net"], seeds_per_layer=3)
     grown, history, failure = _grow(task, model, seed, epochs, mode, plane, progress)
     budget = grown.flops
     final_size = matching_size(task, grown.parameters)
@@ -133,6 +143,7 @@ def _grow(
         epochs=epochs,
         plane=plane,
         mode=mode,
+        config=GROWTH,
         on_epoch=show,
     )
     history = trainer.fit()
