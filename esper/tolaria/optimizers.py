@@ -9,8 +9,10 @@ made breaks most schedulers of torch, extending an existing group breaks none.
 
 import inspect
 from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from torch.optim import LBFGS
 from torch.optim import Optimizer
@@ -37,13 +39,17 @@ def check_supported(optimizer: Optimizer) -> None:
     """Refuses an optimizer that newborns cannot be trained beside.
 
     Raises:
-        ValueError: For LBFGS, which re-evaluates the whole model inside one step.
+        ValueError: For LBFGS, which re-evaluates the whole model inside one step, and for a class
+            that cannot be made anew from a parameter group.
     """
     if isinstance(optimizer, LBFGS):
         raise ValueError(
             "optimizer is LBFGS, but a growing model needs an optimizer with one update per "
             "step; use any other torch.optim optimizer"
         )
+    for group in optimizer.param_groups:
+        # Two axes: some optimizers take matrices only, and what they refuse is known per seed.
+        _twin(optimizer, group, [nn.Parameter(torch.zeros(1, 1))])
 
 
 class NewbornOptimizer:
@@ -55,6 +61,10 @@ class NewbornOptimizer:
         group_index: Index of the user's group to follow.
         learning_rate_scale: Newborn learning rate over the group's present one.
         warmup_steps: Steps over which the learning rate rises linearly to its full value.
+        names: Names of the parameters, for an optimizer that was made from named parameters.
+
+    Raises:
+        ValueError: If the user's optimizer takes no such parameters.
     """
 
     def __init__(
@@ -65,6 +75,7 @@ class NewbornOptimizer:
         *,
         learning_rate_scale: float = 1.0,
         warmup_steps: int = 0,
+        names: Sequence[str] = (),
     ) -> None:
         self._user_optimizer = optimizer
         self._group_index = group_index
@@ -72,15 +83,9 @@ class NewbornOptimizer:
         self._warmup_steps = warmup_steps
         self._num_steps = 0
         self._parameters = list(parameters)
-        self._optimizer = self._twin()
-
-    def _twin(self) -> Optimizer:
-        kind = type(self._user_optimizer)
-        accepted = inspect.signature(kind.__init__).parameters
-        group = self._user_optimizer.param_groups[self._group_index]
-        options = {name: value for name, value in group.items() if name in accepted}
-        options.pop("params", None)
-        return kind(self._parameters, **options)
+        self._names = list(names)
+        group = optimizer.param_groups[group_index]
+        self._optimizer = _twin(optimizer, group, self._parameters)
 
     @property
     def learning_rate(self) -> float:
@@ -107,6 +112,26 @@ class NewbornOptimizer:
         """Moves parameters and their state into the user's group; this object is then done."""
         group = self._user_optimizer.param_groups[self._group_index]
         group["params"].extend(self._parameters)
+        if "param_names" in group:  # an optimizer made from named_parameters()
+            group["param_names"].extend(self._names)
         for parameter in self._parameters:
             if parameter in self._optimizer.state:
                 self._user_optimizer.state[parameter] = self._optimizer.state[parameter]
+
+
+def _twin(
+    optimizer: Optimizer, group: Mapping[str, object], parameters: list[nn.Parameter]
+) -> Optimizer:
+    """Returns an optimizer of the same class, with a group's options, over other parameters."""
+    kind = type(optimizer)
+    accepted = inspect.signature(kind.__init__).parameters
+    group = {name: group[name] for name in group if name not in ("params", "param_names")}
+    options = {name: value for name, value in group.items() if name in accepted}
+    try:
+        # As a group too: a class that takes **kwargs does not say what its options are.
+        return kind([{**group, "params": parameters}], **options)
+    except Exception as error:  # whatever a foreign constructor raises
+        raise ValueError(
+            f"optimizer is {kind.__name__}, but newborns need one of their own of this class: "
+            f"{error}"
+        ) from error

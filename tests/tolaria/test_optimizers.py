@@ -138,3 +138,34 @@ def test_the_host_group_is_the_one_that_holds_the_slots_parameters() -> None:
 def test_lbfgs_is_refused() -> None:
     with pytest.raises(ValueError, match="LBFGS"):
         check_supported(torch.optim.LBFGS([_parameter(0)]))
+
+
+def test_an_optimizer_that_cannot_be_made_anew_is_refused_beforehand() -> None:
+    class Lookahead(torch.optim.SGD):
+        def __init__(self, inner: Optimizer) -> None:
+            super().__init__(inner.param_groups[0]["params"], lr=0.1)
+
+    with pytest.raises(ValueError, match="optimizer is Lookahead"):
+        check_supported(Lookahead(torch.optim.SGD([_parameter(0)], lr=0.1)))
+
+
+def test_options_reach_the_twin_of_a_class_that_does_not_name_them() -> None:
+    class Mine(torch.optim.SGD):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+    newborn, reference = _parameter(1), _parameter(1)
+    twin = NewbornOptimizer([newborn], Mine([_parameter(0)], lr=0.1, momentum=0.9), 0)
+    alone = torch.optim.SGD([reference], lr=0.1, momentum=0.9)
+    for step in range(3):
+        newborn.grad, reference.grad = _gradient(step), _gradient(step)
+        twin.step()
+        alone.step()
+    assert torch.equal(newborn, reference)
+
+
+def test_a_graduate_of_named_parameters_has_its_name() -> None:
+    optimizer = torch.optim.Adam([("host", _parameter(0))], lr=0.1)
+    newborn = NewbornOptimizer([_parameter(1)], optimizer, 0, names=["seed"])
+    newborn.graduate()
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["host", "seed"]
