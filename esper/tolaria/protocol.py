@@ -5,6 +5,7 @@ and runs here, in the training process: isolated warm-up, alpha ramp, settling, 
 a plane that dies in the middle of a graft changes no live seed.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -87,6 +88,22 @@ def plan_steps(plan: controller_pb2.GraftPlan) -> int:
     return plan.training_steps + plan.alpha.steps + plan.stabilization_steps + 1
 
 
+def check_plan(plan: controller_pb2.GraftPlan) -> None:
+    """Refuses a plan that cannot be carried out; its ramp is checked by the seed bank.
+
+    Raises:
+        ValueError: With the field, the value and the rule.
+    """
+    for name in ("training_steps", "stabilization_steps"):
+        if getattr(plan, name) < 0:
+            raise ValueError(f"plan.{name} is {getattr(plan, name)}, but it must be at least 0")
+    if not 0.0 < plan.learning_rate_scale < math.inf:
+        raise ValueError(
+            f"plan.learning_rate_scale is {plan.learning_rate_scale}, but it must be finite and "
+            "above 0"
+        )
+
+
 class GraftProtocol:
     """All live grafts of one model.
 
@@ -128,21 +145,35 @@ class GraftProtocol:
         """Plants a kernel; it begins to train at the next step boundary.
 
         Raises:
-            ValueError: If the seed is not dormant or the kernel does not fit; nothing changed.
+            ValueError: If the plan breaks a rule, the seed is not dormant, or kernel or optimizer
+                do not fit. No seed is left planted then.
         """
+        check_plan(plan)
         self._model.load_kernel(slot, seed, kernel, weights, reason=reason)
-        parameters = self._model.seed_parameters(slot, seed)
-        optimizer = None
-        if parameters:
-            optimizer = NewbornOptimizer(
-                parameters,
-                self._optimizer,
-                host_group_index(self._optimizer, self._model.host_parameters(slot)),
-                learning_rate_scale=plan.learning_rate_scale,
-                warmup_steps=self._config.warmup_steps,
-            )
+        try:
+            self._model.set_schedule(slot, seed, plan.alpha)
+            optimizer = self._newborn_optimizer(slot, seed, plan)
+        except ValueError as error:
+            self._model.unload_kernel(slot, seed, reason=str(error))
+            raise
         graft = LiveGraft(slot, seed, kernel_name, kernel, plan, optimizer)
         self.live[graft.key] = graft
+
+    def _newborn_optimizer(
+        self, slot: str, seed: int, plan: controller_pb2.GraftPlan
+    ) -> NewbornOptimizer | None:
+        parameters = self._model.seed_parameters(slot, seed)
+        if not parameters:
+            return None
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        return NewbornOptimizer(
+            parameters,
+            self._optimizer,
+            host_group_index(self._optimizer, self._model.host_parameters(slot)),
+            learning_rate_scale=plan.learning_rate_scale,
+            warmup_steps=self._config.warmup_steps,
+            names=[names[id(parameter)] for parameter in parameters],
+        )
 
     def on_step(self) -> None:
         """Moves every live seed by one optimizer step. Call it right after the host's step."""
@@ -162,7 +193,6 @@ class GraftProtocol:
             model.seed_state(slot, seed) is State.TRAINING
             and graft.stage_steps >= plan.training_steps
         ):
-            model.set_schedule(slot, seed, plan.alpha)
             model.advance(
                 slot, seed, State.GRAFTING, reason=f"{plan.training_steps} warm-up steps done"
             )

@@ -1,0 +1,104 @@
+"""The graft protocol without a plane: plans, refusals and what stays behind."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import esper
+from esper.blueprints import get
+from esper.blueprints import kernel_digest
+from esper.blueprints import lower
+from esper.common.v1 import lifecycle_pb2
+from esper.config import GraftConfig
+from esper.tamiyo.v1 import controller_pb2
+from esper.tolaria.protocol import GraftProtocol
+
+
+def _host() -> esper.MorphableModel:
+    torch.manual_seed(0)
+    host = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    return esper.wrap(host, target_layers=["0"], seeds_per_layer=2)
+
+
+def _plan(**changes: object) -> controller_pb2.GraftPlan:
+    plan = controller_pb2.GraftPlan(
+        training_steps=2,
+        alpha=lifecycle_pb2.AlphaSchedule(steps=4),
+        stabilization_steps=1,
+        learning_rate_scale=1.0,
+    )
+    plan.MergeFrom(controller_pb2.GraftPlan(**changes))  # type: ignore[arg-type]
+    return plan
+
+
+def _germinate(
+    model: esper.MorphableModel, protocol: GraftProtocol, plan: controller_pb2.GraftPlan
+) -> None:
+    blueprint = get("bottleneck", rank=2)
+    kernel = lower(blueprint, model.signature("0", 0, blueprint.graph.inputs[0].source))
+    protocol.germinate("0", 0, f"kernels/{kernel_digest(kernel)}", kernel, None, plan, "a test")
+
+
+def _sgd(model: nn.Module) -> Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_a_seed_keeps_to_its_plan_to_the_step() -> None:
+    model = _host()
+    protocol = GraftProtocol(model, _sgd(model), GraftConfig())
+    _germinate(model, protocol, _plan())
+    seen = []
+    for _ in range(8):
+        protocol.on_step()
+        seen.append((model.seed_state("0", 0).name, model.alpha("0", 0)))
+    assert seen == [
+        ("TRAINING", 0.0),
+        ("TRAINING", 0.0),
+        ("GRAFTING", 0.0),
+        ("GRAFTING", 0.25),
+        ("GRAFTING", 0.5),
+        ("GRAFTING", 0.75),
+        ("STABILIZATION", 1.0),
+        ("EVALUATING", 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training_steps": -1}, "training_steps is -1"),
+        ({"stabilization_steps": -3}, "stabilization_steps is -3"),
+        ({"learning_rate_scale": -1.0}, "learning_rate_scale is -1.0"),
+        ({"learning_rate_scale": float("nan")}, "learning_rate_scale is nan"),
+        ({"alpha": lifecycle_pb2.AlphaSchedule(steps=-5)}, "steps is -5"),
+        ({"alpha": lifecycle_pb2.AlphaSchedule(start=2.0)}, "start is 2"),
+        ({"alpha": lifecycle_pb2.AlphaSchedule(kind=17)}, "schedule.kind is 17"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_plan_that_cannot_be_carried_out_is_refused_at_once(
+    changes: dict[str, object], message: str
+) -> None:
+    model = _host()
+    protocol = GraftProtocol(model, _sgd(model), GraftConfig())
+    with pytest.raises(ValueError, match=message):
+        _germinate(model, protocol, _plan(**changes))
+    assert model.occupied_seeds() == [] and protocol.live == {}
+
+
+@pytest.mark.parametrize("make", [_sgd, lambda m: torch.optim.Muon([next(m.parameters())])])
+def test_no_seed_stays_behind_that_the_optimizer_cannot_train(
+    make: Callable[[nn.Module], Optimizer],
+) -> None:
+    model = _host()
+    optimizer = make(model)
+    protocol = GraftProtocol(model, optimizer, GraftConfig())
+    if isinstance(optimizer, torch.optim.SGD):
+        _germinate(model, protocol, _plan())
+        assert list(protocol.live) == model.occupied_seeds() == [("0", 0)]
+        return
+    with pytest.raises(ValueError, match="only supports 2D parameters"):
+        _germinate(model, protocol, _plan())
+    assert model.occupied_seeds() == [] and protocol.live == {}
