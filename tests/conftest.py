@@ -21,7 +21,6 @@ from esper.plane import connect
 from esper.plane.address import parse_address
 from esper.plane.launch import server_command
 from esper.plane.launch import server_environment
-from esper.services.serving.limits import ServerLimits
 from esper.services.serving.shell import ServerConfig
 from esper.services.serving.shell import serve
 
@@ -97,14 +96,10 @@ class ThreadServer:
     stop: Callable[[], None]
 
 
-def run_in_thread(
-    folder: Path, names: tuple[str, ...], limits: ServerLimits | None = None
-) -> ThreadServer:
+def run_in_thread(folder: Path, names: tuple[str, ...]) -> ThreadServer:
     """Serves from a thread until `stop` is called."""
     address = f"unix:{folder}/plane.sock"
-    config = ServerConfig(
-        names, parse_address(address), folder / "data", limits=limits or ServerLimits()
-    )
+    config = ServerConfig(names, parse_address(address), folder / "data")
     started: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     async def run() -> None:
@@ -122,22 +117,6 @@ def run_in_thread(
         assert not thread.is_alive()
 
     return ThreadServer(address, config.data_dir, stop)
-
-
-@pytest.fixture
-def limited_server(
-    short_dir: Path,
-) -> Iterator[Callable[[ServerLimits], ThreadServer]]:
-    """Serves Urza and Oona under limits of the test's choice."""
-    servers: list[ThreadServer] = []
-
-    def start(limits: ServerLimits) -> ThreadServer:
-        servers.append(run_in_thread(short_dir, ("urza", "oona"), limits))
-        return servers[0]
-
-    yield start
-    for server in servers:
-        server.stop()
 
 
 @pytest.fixture(scope="session")

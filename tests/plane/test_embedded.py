@@ -31,6 +31,15 @@ def test_a_plane_of_ones_own_comes_and_goes(tmp_path: Path, wait_gone: Callable[
         assert plane.urza.read_blob(digest) == b"kept"
 
 
+def test_a_plane_serves_everything_unless_told_otherwise() -> None:
+    with EmbeddedPlane() as embedded, connect(embedded.address) as plane:
+        health = plane.health()
+        for service in ("urza", "tezzeret", "tamiyo", "oona"):
+            assert any(name.startswith(f"esper.{service}.") for name in health)
+            assert plane.channel(service) is plane.channel("urza")
+        assert set(health.values()) == {"SERVING"}
+
+
 def test_temporary_stores_go_with_the_plane() -> None:
     with EmbeddedPlane(services=("urza",)) as embedded:
         assert embedded.data_dir.is_dir()
