@@ -176,6 +176,8 @@ class Heuristic:
             return config.max_interval_epochs
         scale = max(abs(observation.train_loss), 1e-12)
         gap = config.gap_scale * (observation.held_out_loss - observation.train_loss) / scale
+        if not math.isfinite(gap):  # a run that has diverged
+            return config.max_interval_epochs
         stretched = config.max_interval_epochs / (1.0 + math.exp(min(4.0 - gap, 500.0)))
         return max(1, math.ceil(stretched))
 

@@ -180,6 +180,7 @@ def test_the_interval_stretches_as_the_gap_grows() -> None:
                 return epoch - 3
         return 99
 
+    assert waits(float("nan")) == waits(float("inf")) == HeuristicConfig().max_interval_epochs
     intervals = [waits(held_out) for held_out in (1.0, 1.4, 1.5, 1.8, 3.0)]
     assert intervals[0] == 1
     assert intervals == sorted(intervals)
