@@ -8,6 +8,7 @@ made breaks most schedulers of torch, extending an existing group breaks none.
 """
 
 import inspect
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -123,8 +124,8 @@ def _twin(
     optimizer: Optimizer, group: Mapping[str, object], parameters: list[nn.Parameter]
 ) -> Optimizer:
     """Returns an optimizer of the same class, with a group's options, over other parameters."""
-    kind = type(optimizer)
-    accepted = inspect.signature(kind.__init__).parameters
+    kind: Callable[..., Optimizer] = type(optimizer)
+    accepted = inspect.signature(kind).parameters
     group = {name: group[name] for name in group if name not in ("params", "param_names")}
     options = {name: value for name, value in group.items() if name in accepted}
     try:
@@ -132,6 +133,6 @@ def _twin(
         return kind([{**group, "params": parameters}], **options)
     except Exception as error:  # whatever a foreign constructor raises
         raise ValueError(
-            f"optimizer is {kind.__name__}, but newborns need one of their own of this class: "
-            f"{error}"
+            f"optimizer is {type(optimizer).__name__}, but newborns need one of their own of this "
+            f"class: {error}"
         ) from error
