@@ -28,6 +28,9 @@ from esper.plane import EmbeddedPlane
 from esper.plane import Plane
 from esper.plane import PlaneError
 from esper.plane import connect
+from esper.plane.address import parse_address
+from esper.plane.connection import SERVICES
+from esper.plane.embedded import STOP_TIMEOUT_S
 from esper.tamiyo.v1 import controller_pb2
 from esper.tezzeret.client import CompileError
 from esper.urza.v1 import library_pb2
@@ -60,6 +63,31 @@ class _Work:
     outlives_run: bool
 
 
+def check_plane(plane: Address | None) -> None:
+    """Refuses an address that makes no sense, before anything is started.
+
+    Raises:
+        ValueError: If an address is malformed, or a mapping does not name every service.
+    """
+    if plane is None:
+        return
+    if not isinstance(plane, str) and plane.keys() != set(SERVICES):
+        raise ValueError(f"plane names {sorted(plane)}, but it must name {', '.join(SERVICES)}")
+    for address in (plane,) if isinstance(plane, str) else plane.values():
+        parse_address(address)
+
+
+def check_candidates(candidates: Sequence[Candidate]) -> None:
+    """Refuses candidates that no kernel could be compiled of.
+
+    Raises:
+        ValueError: If a blueprint does not exist or does not take its ranks or hyperparameters.
+    """
+    for candidate in candidates:
+        for rank in candidate.ranks:
+            _blueprint(candidate, rank)
+
+
 class PlaneLink:
     """Connection of one session to the plane.
 
@@ -77,6 +105,7 @@ class PlaneLink:
             queue.SimpleQueue()
         )
         self._responses: Iterator[controller_pb2.AdviseResponse] | None = None
+        self._plane: Plane | None = None
         self._compiled: set[bytes] = set()
         self._deployed: set[str] = set()
         self._arrived = threading.Condition()
@@ -155,10 +184,18 @@ class PlaneLink:
         return self.take()
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Sends the events and reports that are left and ends the thread (and embedded plane)."""
+        """Sends the events and reports that are left and ends the thread (and embedded plane).
+
+        Args:
+            timeout_s: How long to wait for the plane to take them; then they are given up.
+        """
         self._closing = True
         self._work.put(None)
-        self._thread.join(timeout_s)
+        self._thread.join(timeout_s if self._failure is None else 0.0)
+        if self._thread.is_alive() and self._plane is not None:
+            self._fail(f"it did not take the last reports within {timeout_s:g} s")
+            self._plane.close()  # ends the call that the thread hangs in
+            self._thread.join(STOP_TIMEOUT_S + 1.0)
 
     def _post(self, run: Callable[[Plane], None], *, outlives_run: bool = False) -> None:
         if self._failure is None:
@@ -188,6 +225,7 @@ class PlaneLink:
             self._fail(f"internal fault: {error!r}")
 
     def _serve(self, plane: Plane) -> None:
+        self._plane = plane
         try:
             while (work := self._work.get()) is not None and self._failure is None:
                 if not self._closing or work.outlives_run:
@@ -228,9 +266,7 @@ def _compile_candidate(
 
     def compile_ranks(plane: Plane) -> None:
         for rank in candidate.ranks:
-            blueprint = blueprints.get(
-                candidate.blueprint, rank=rank, **dict(candidate.hyperparameters)
-            )
+            blueprint = _blueprint(candidate, rank)
             if _source(blueprint) != signature.source:
                 return
             try:
@@ -239,6 +275,10 @@ def _compile_candidate(
                 _log.warning("esper: %s of rank %d: %s", candidate.blueprint, rank, error)
 
     return compile_ranks
+
+
+def _blueprint(candidate: Candidate, rank: int) -> blueprint_pb2.Blueprint:
+    return blueprints.get(candidate.blueprint, rank=rank, **dict(candidate.hyperparameters))
 
 
 def _source(blueprint: blueprint_pb2.Blueprint) -> blueprint_pb2.SeedSource:

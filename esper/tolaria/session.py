@@ -11,6 +11,7 @@ never draws from the global random state, never changes a gradient of the host, 
 off (or a dead plane) the run is the run that plain torch would have made.
 """
 
+import contextlib
 import logging
 import uuid
 from collections.abc import Callable
@@ -41,6 +42,8 @@ from esper.tolaria.history import LifecycleEvent
 from esper.tolaria.link import Address
 from esper.tolaria.link import Advice
 from esper.tolaria.link import PlaneLink
+from esper.tolaria.link import check_candidates
+from esper.tolaria.link import check_plane
 from esper.tolaria.optimizers import check_supported
 from esper.tolaria.protocol import GraftProtocol
 from esper.tolaria.protocol import LiveGraft
@@ -81,7 +84,8 @@ class Session:
         cost: Floating-point operations spent so far, by category.
 
     Raises:
-        ValueError: If an argument breaks its rule; nothing has been started then.
+        ValueError: If an argument breaks its rule, or the model is in an open session already;
+            nothing has been started then.
     """
 
     def __init__(
@@ -105,8 +109,12 @@ class Session:
             raise ValueError(f"epochs is {epochs}, but a run has at least 1 epoch")
         if mode not in ("async", "lockstep"):
             raise ValueError(f"mode is {mode!r}, but it must be 'async' or 'lockstep'")
+        if any(isinstance(getattr(o, "__self__", None), Session) for o in model.observers):
+            raise ValueError("model is in an open session already: close that one first")
         check_supported(optimizer)
         self._config = config if config is not None else EsperConfig()
+        check_plane(plane)
+        check_candidates(self._config.candidates)
         self._model = model
         self._epochs = epochs
         self._held_out = held_out
@@ -129,6 +137,8 @@ class Session:
         self._link = PlaneLink(plane, self._config.candidates)
 
     def __enter__(self) -> "Session":
+        if self._closed:
+            raise ValueError("the session is closed, and a closed session cannot be opened again")
         return self
 
     def __exit__(
@@ -196,12 +206,13 @@ class Session:
         if self._closed:
             return
         self._closed = True
-        self._protocol.finish()
-        self._step_hook.remove()
-        self._protocol.close()
-        self._model.observers.remove(self._on_transition)
-        self.cost.close()
-        self._link.close()
+        with contextlib.ExitStack() as last_first:  # all of it, whatever an observer raises
+            last_first.callback(self._link.close)
+            last_first.callback(self.cost.close)
+            last_first.callback(self._model.observers.remove, self._on_transition)
+            last_first.callback(self._protocol.close)
+            last_first.callback(self._step_hook.remove)
+            self._protocol.finish()
 
     def _on_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._protocol.on_step()
@@ -225,6 +236,8 @@ class Session:
 
     def _report(self, transition: Transition) -> None:
         graft = self._protocol.live.get((transition.slot, transition.seed))
+        if graft is None:  # a seed of the user's own: the plane does not know its kernel
+            return
         kernel = f"kernels/{transition.kernel}"
         report = library_pb2.FieldReport(
             kernel=kernel,
@@ -234,14 +247,12 @@ class Session:
             verdict=_VERDICTS[transition.after],
             reason=transition.reason,
         )
-        trial = graft.trial if graft is not None else None
-        if trial is not None:
+        if (trial := graft.trial) is not None:
             report.gain, report.gain_low, report.gain_high = trial.gain, trial.low, trial.high
             report.p_value, report.num_samples = trial.p_value, trial.num_samples
         if transition.after is State.FOSSILIZED:
             self._link.deployed(kernel)
-        if graft is not None:
-            self._link.report(report)
+        self._link.report(report)
 
     def _hold_trials(self) -> None:
         due = self._protocol.due_for_trial()
@@ -258,7 +269,9 @@ class Session:
                 with_seed,
                 without_seed,
                 level=trial_level(self._significance(graft), self._num_trials),
-                price=self._config.budget.min_gain_per_mflop * self._mflops(graft),
+                price=self._config.budget.min_gain_per_mflop
+                * self._flops_per_sample(graft.slot, graft.kernel)
+                / 1e6,
             )
             self._protocol.conclude(graft, trial)
             if not trial.accepted:
@@ -269,9 +282,8 @@ class Session:
             return min(graft.plan.significance, self._config.significance)
         return self._config.significance
 
-    def _mflops(self, graft: LiveGraft) -> float:
-        tokens = self._model.slots[graft.slot].tokens_per_sample
-        return graft.kernel.flops_per_token * (tokens or 1.0) / 1e6
+    def _flops_per_sample(self, slot: str, kernel: kernel_pb2.Kernel) -> float:
+        return kernel.flops_per_token * (self._model.slots[slot].tokens_per_sample or 1.0)
 
     def _consult(self, record: EpochRecord, *, apply: bool) -> None:
         graph = self._model.host_graph()
@@ -339,13 +351,15 @@ class Session:
     def _apply(self, advice: Advice) -> None:
         """Carries out one decision, or says why not; a refused decision changes nothing."""
         decision = advice.decision
+        if decision.action == controller_pb2.ACTION_WAIT:
+            return
         try:
             self._check_deadline(decision)
-            handler = _HANDLERS.get(decision.action)
-            if handler is not None:
-                handler(self, advice)
+            if decision.action not in _HANDLERS:
+                raise ValueError("the session does not carry out this action")
+            _HANDLERS[decision.action](self, advice)
         except ValueError as error:
-            name = controller_pb2.Action.Name(decision.action)
+            name = _ACTION_NAMES.get(decision.action, str(decision.action))
             _log.info("esper: decision %s (%s) refused: %s", decision.id, name, error)
             self.history.refusals.append(f"epoch {self._epoch}: {name} {decision.slot}: {error}")
 
@@ -367,6 +381,15 @@ class Session:
             raise ValueError(
                 f"plan takes {plan_steps(plan)} steps, but the run has only {left} left"
             )
+        self._model.seed_state(decision.slot, decision.seed)  # refuses a slot that is not there
+        most = self._config.budget.max_flops_per_sample
+        flops = self.cost.forward_flops_per_sample()
+        added = self._flops_per_sample(decision.slot, kernel)
+        if most is not None and flops + added > most:
+            raise ValueError(
+                f"the kernel costs {added:.0f} operations per sample, but the budget leaves "
+                f"{most - flops}"
+            )
         limit = self._config.budget.max_parameters
         if limit is not None and self._model.num_parameters() + kernel.parameter_count > limit:
             raise ValueError(
@@ -386,8 +409,8 @@ class Session:
     def _advance(self, advice: Advice) -> None:
         decision = advice.decision
         target = lifecycle.from_proto(decision.target_state)
-        if target is State.FOSSILIZED:
-            raise ValueError("target_state is FOSSILIZED, but only a passed trial fossilises")
+        if target in (State.FINE_TUNING, State.FOSSILIZED):
+            raise ValueError(f"target_state is {target.name}, but only a passed trial leads there")
         self._model.advance(decision.slot, decision.seed, target, reason=decision.explanation)
 
     def _set_alpha(self, advice: Advice) -> None:
@@ -403,6 +426,7 @@ class Session:
         self._model.unload_kernel(decision.slot, decision.seed, reason=decision.explanation)
 
 
+# FOSSILIZE is not among them: only a passed trial fossilises.
 _HANDLERS: dict[int, Callable[[Session, Advice], None]] = {
     controller_pb2.ACTION_GERMINATE: Session._germinate,
     controller_pb2.ACTION_ADVANCE: Session._advance,
@@ -410,6 +434,7 @@ _HANDLERS: dict[int, Callable[[Session, Advice], None]] = {
     controller_pb2.ACTION_CULL: Session._cull,
     controller_pb2.ACTION_CANCEL: Session._cancel,
 }
+_ACTION_NAMES = {number: name for name, number in controller_pb2.Action.items()}
 
 
 def session(

@@ -3,21 +3,30 @@
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import esper
+from esper import blueprints
+from esper.common.v1 import lifecycle_pb2
+from esper.config import BudgetConfig
 from esper.config import Candidate
 from esper.config import EsperConfig
 from esper.config import GraftConfig
 from esper.kasmina import MorphableModel
+from esper.kasmina import Transition
+from esper.oona.v1 import event_pb2
 from esper.plane import EmbeddedPlane
+from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria import History
 from esper.tolaria import Session
 from esper.tolaria import tasks
+from esper.tolaria.link import Advice
 from esper.tolaria.trainer import train_epoch
 
 NOWHERE = "unix:/nonexistent/plane.sock"
@@ -189,3 +198,159 @@ def test_bad_arguments_are_refused_by_name() -> None:
         esper.session(model, optimizer, mode="fast", **given)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="LBFGS"):
         esper.session(model, torch.optim.LBFGS(host.parameters()), **given)  # type: ignore[arg-type]
+
+
+def _open(**changes: object) -> tuple[MorphableModel, torch.optim.Optimizer, Session]:
+    """A session whose plane is nowhere, unless the changes say otherwise."""
+    model = esper.wrap(TASK.host(0), target_layers=["net"], seeds_per_layer=2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    arguments: dict[str, object] = {
+        "epochs": 8,
+        "held_out": TASK.held_out_batches(),
+        "loss": TASK.loss,
+        "plane": NOWHERE,
+        "config": QUICK,
+        **changes,
+    }
+    return model, optimizer, Session(model, optimizer, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"plane": "foo"}, "'foo' must be unix:PATH or HOST:PORT"),
+        ({"plane": {"urza": NOWHERE}}, r"plane names \['urza'\]"),
+        ({"config": EsperConfig(candidates=(Candidate(blueprint="widne"),))}, "widne"),
+        ({"config": EsperConfig(candidates=(Candidate(blueprint="affine"),))}, "rank"),
+        ({"held_out": []}, "0 batches"),
+    ],
+)
+def test_what_would_only_fail_later_is_refused_at_the_start(
+    changes: dict[str, object], message: str
+) -> None:
+    threads = threading.active_count()
+    with pytest.raises(ValueError, match=message):
+        _open(**changes)
+    assert threading.active_count() == threads
+
+
+def test_a_model_is_in_one_session_at_a_time_and_in_many_in_turn() -> None:
+    model, optimizer, session = _open()
+    given = {"epochs": 3, "held_out": TASK.held_out_batches(), "loss": TASK.loss, "plane": NOWHERE}
+    with pytest.raises(ValueError, match="in an open session already"):
+        Session(model, optimizer, **given)  # type: ignore[arg-type]
+    session.close()
+    session.close()
+    with Session(model, optimizer, **given) as second:  # type: ignore[arg-type]
+        train_epoch(model, optimizer, TASK.train_batches(0, 0), TASK.loss)
+        assert second.epoch_end().step == len(TASK.train_batches(0, 0))
+    with pytest.raises(ValueError, match="cannot be opened again"):
+        second.__enter__()
+
+
+def _children() -> set[int]:
+    """Process ids of this process's children, whichever thread started them."""
+    lists = Path("/proc/self/task").glob("*/children")
+    return {int(pid) for children in lists for pid in children.read_text().split()}
+
+
+def test_an_error_in_the_loop_or_at_the_end_leaves_no_plane_and_no_hook(
+    wait_gone: Callable[[int], bool],
+) -> None:
+    before, started = _children(), set[int]()
+    model, optimizer, session = _open(plane=None, mode="lockstep")
+
+    def refuse(transition: Transition) -> None:
+        if transition.after.name == "CANCELLED":
+            raise RuntimeError("an observer of the user's")
+
+    model.observers.append(refuse)
+    with pytest.raises(RuntimeError, match="an observer"), session:
+        for epoch in range(2):
+            train_epoch(model, optimizer, TASK.train_batches(0, epoch), TASK.loss)
+            session.epoch_end()
+        started = _children() - before
+        assert model.occupied_seeds(), "a graft is under way"
+        raise KeyError("an error in the loop")
+    assert len(started) == 1 and all(wait_gone(pid) for pid in started)
+    assert model.observers == [refuse] and not optimizer._optimizer_step_post_hooks
+
+
+def test_a_seed_of_the_users_own_does_not_end_the_growth(plane: str) -> None:
+    model, optimizer, session = _open(plane=plane, mode="lockstep")
+    with session:
+        for epoch in range(2):
+            train_epoch(model, optimizer, TASK.train_batches(0, epoch), TASK.loss)
+            if epoch == 0:
+                model.germinate("net", 1, "bottleneck", rank=2)
+                for state in ("TRAINING", "GRAFTING", "STABILIZATION", "EVALUATING", "FOSSILIZED"):
+                    model.advance("net", 1, state)
+            session.epoch_end()
+    assert session.plane_failure is None
+
+
+def test_a_run_that_has_diverged_does_not_end_the_plane(plane: str) -> None:
+    model, optimizer, session = _open(plane=plane, mode="lockstep")
+    with session:
+        for epoch in range(3):
+            train_epoch(model, optimizer, TASK.train_batches(0, epoch), TASK.loss)
+            session.epoch_end(train_loss=float("nan"))
+    assert session.plane_failure is None
+
+
+def test_a_plane_that_hangs_is_given_up(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EmbeddedPlane() as embedded:
+        model, optimizer, session = _open(plane=embedded.address, mode="lockstep")
+        train_epoch(model, optimizer, TASK.train_batches(0, 0), TASK.loss)
+        session.epoch_end()
+        session._link.publish("system.events.epoch", event_pb2.EpochEvent(run="r"), key="r")
+        os.kill(embedded.pid, signal.SIGSTOP)
+        session._link.publish("system.events.epoch", event_pb2.EpochEvent(run="r"), key="r")
+        with caplog.at_level(logging.WARNING, logger="esper"):
+            session._link.close(timeout_s=0.5)
+        os.kill(embedded.pid, signal.SIGCONT)
+        session.close()
+    assert not session._link._thread.is_alive()
+    assert [r.message for r in caplog.records if "did not take the last reports" in r.message]
+
+
+def _decide(action: "controller_pb2.Action", **fields: object) -> Advice:
+    decision = controller_pb2.Decision(action=action, slot="net", **fields)  # type: ignore[arg-type]
+    return Advice(decision)
+
+
+def test_no_decision_leads_around_the_trial() -> None:
+    model, _, session = _open()
+    with session:
+        model(TASK.train.inputs[:2])
+        model.germinate("net", 0, "bottleneck", rank=2)
+        for state in ("TRAINING", "GRAFTING", "STABILIZATION", "EVALUATING"):
+            model.advance("net", 0, state)
+        for target in (lifecycle_pb2.SEED_STATE_FINE_TUNING, lifecycle_pb2.SEED_STATE_FOSSILIZED):
+            session._apply(_decide(controller_pb2.ACTION_ADVANCE, target_state=target))
+        session._apply(_decide(controller_pb2.ACTION_FOSSILIZE))
+        session._apply(_decide(99))  # type: ignore[arg-type]
+        assert model.seed_state("net", 0).name == "EVALUATING"
+        assert len(session.history.refusals) == 4
+
+
+def test_a_kernel_beyond_the_budget_is_refused_whatever_the_controller_says() -> None:
+    model = esper.wrap(TASK.host(0), target_layers=["net"], seeds_per_layer=2)
+    model(TASK.train.inputs[:2])
+    blueprint = blueprints.get("widen", rank=8)
+    kernel = blueprints.lower(
+        blueprint, model.signature("net", 0, blueprint.graph.inputs[0].source)
+    )
+    forward = 2 * (64 * 8 + 8 * 10)
+    for spare, planted in ((kernel.flops_per_token, 1), (kernel.flops_per_token - 1, 0)):
+        config = EsperConfig(budget=BudgetConfig(max_flops_per_sample=forward + spare))
+        model, optimizer, session = _open(epochs=30, config=config)
+        with session:
+            train_epoch(model, optimizer, TASK.train_batches(0, 0), TASK.loss)
+            decision = controller_pb2.Decision(
+                action=controller_pb2.ACTION_GERMINATE, slot="net", kernel="kernels/0"
+            )
+            session._apply(Advice(decision, kernel))
+            assert len(model.occupied_seeds()) == planted, session.history.refusals
