@@ -81,17 +81,19 @@ class KernelCache:
         self._entries.move_to_end(digest)
         return entry
 
-    def put(self, digest: str, entry: CachedKernel) -> None:
-        """Adds a kernel, dropping others as needed."""
+    def put(self, digest: str, entry: CachedKernel, *, in_use: bool = False) -> None:
+        """Adds a kernel, dropping others as needed.
+
+        Args:
+            digest: Digest of the kernel.
+            entry: The kernel.
+            in_use: Whether one more seed uses it from now on, so that it is not dropped itself.
+        """
         old = self._entries.pop(digest, None)
         self._num_bytes += entry.num_bytes - (0 if old is None else old.num_bytes)
         self._entries[digest] = entry
+        self._uses[digest] += in_use
         self._shrink()
-
-    def acquire(self, digest: str) -> None:
-        """Marks a held kernel as in use by one more seed."""
-        assert digest in self._entries, "only a kernel that is held can be in use"
-        self._uses[digest] += 1
 
     def release(self, digest: str) -> None:
         """Ends one use of a kernel."""

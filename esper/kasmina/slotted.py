@@ -12,6 +12,7 @@ from typing import overload
 import torch
 from torch import Tensor
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from esper import _C
 from esper.common.v1 import blueprint_pb2
@@ -110,6 +111,11 @@ class SlottedModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
+        # What a module keeps of its last forward is no leaf, and torch copies leaves alone.
+        for module in self.host.modules():
+            for value in tree_leaves(vars(module)):
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    memo[id(value)] = value.detach()
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         clone._bind()
         return clone

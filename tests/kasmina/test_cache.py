@@ -38,9 +38,8 @@ def test_the_least_recently_used_kernel_goes_first():
 
 def test_kernels_in_use_stay_even_over_capacity():
     cache = KernelCache(entry(100).num_bytes)
-    cache.put("a", entry(100))
-    cache.acquire("a")
-    cache.acquire("a")
+    cache.put("a", entry(100), in_use=True)
+    cache.put("a", entry(100), in_use=True)
     cache.put("b", entry(200))
     assert cache.get("a") is not None and cache.get("b") is None
     cache.release("a")
@@ -53,6 +52,10 @@ def test_kernels_in_use_stay_even_over_capacity():
 def test_without_capacity_only_kernels_in_use_are_held():
     cache = KernelCache(0)
     cache.put("a", entry(1))
+    assert cache.stats().num_kernels == 0
+    cache.put("a", entry(1), in_use=True)
+    assert cache.stats().num_kernels == 1
+    cache.release("a")
     assert cache.stats().num_kernels == 0
     with pytest.raises(ValueError, match="capacity_bytes is -1"):
         KernelCache(-1)
@@ -76,9 +79,10 @@ class CacheMachine(RuleBasedStateMachine):
             if not self.uses.get(digest):
                 self.order.remove(digest)
 
-    @rule(digest=st.sampled_from("abcdef"), size=st.sampled_from([1, 10, 25]))
-    def put(self, digest, size):
-        self.cache.put(digest, entry(size))
+    @rule(digest=st.sampled_from("abcdef"), size=st.sampled_from([1, 10, 25]), in_use=st.booleans())
+    def put(self, digest, size, in_use):
+        self.cache.put(digest, entry(size), in_use=in_use)
+        self.uses[digest] = self.uses.get(digest, 0) + in_use
         if digest in self.order:
             self.order.remove(digest)
         self.order.append(digest)
@@ -91,13 +95,6 @@ class CacheMachine(RuleBasedStateMachine):
         if digest in self.order:
             self.order.remove(digest)
             self.order.append(digest)
-
-    @precondition(lambda self: self.order)
-    @rule(data=st.data())
-    def acquire(self, data):
-        digest = data.draw(st.sampled_from(self.order))
-        self.cache.acquire(digest)
-        self.uses[digest] = self.uses.get(digest, 0) + 1
 
     @precondition(lambda self: any(self.uses.values()))
     @rule(data=st.data())

@@ -443,6 +443,35 @@ def test_the_kernel_cache_counts(model):
     assert (stats.hits, stats.misses, stats.num_kernels) == (1, 1, 1)
 
 
+def test_a_cache_without_room_still_lets_kernels_in(x):
+    model = wrap(Net(), cache_size_mb=0)
+    model(x)
+    slot = model.get_layer_names()[0]
+    model.germinate(slot, 0, "bottleneck", rank=2)
+    assert model.kernel_cache.stats().num_kernels == 1
+    model.unload_kernel(slot, 0)
+    assert model.kernel_cache.stats().num_kernels == 0
+
+
+def test_a_host_that_keeps_its_last_activations_can_be_copied(x):
+    class Keeper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+            self.seen = []
+
+        def forward(self, x):
+            self.last = self.layer(x)
+            self.seen = [{"last": self.last}]
+            return self.last
+
+    model = wrap(Keeper())
+    y = model(x)
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone(x), y)
+    assert clone.host.layer.weight is not model.host.layer.weight
+
+
 def test_the_bank_is_native(model):
     assert isinstance(model.bank, _C.SeedBank)
     assert (model.bank.num_slots, model.bank.num_seeds) == (2, 8)
