@@ -203,8 +203,7 @@ class MorphableModel(SlottedModel):
         check_parameters(kernel, weights)
         graft = Graft(entry.kernel, digest, weights, place_of(layer, seed))
         graft.train(self.training)
-        self.kernel_cache.put(digest, entry)
-        self.kernel_cache.acquire(digest)
+        self.kernel_cache.put(digest, entry, in_use=True)
         layer.grafts[str(seed)] = graft
         self._move(slot, seed, SeedLifecycleState.GERMINATED, reason)
 
@@ -327,8 +326,7 @@ class MorphableModel(SlottedModel):
         self._bank = restored
         self._bind()
         for (slot, seed), graft in planted.items():
-            self.kernel_cache.put(graft.digest, CachedKernel(graft.kernel, None))
-            self.kernel_cache.acquire(graft.digest)
+            self.kernel_cache.put(graft.digest, CachedKernel(graft.kernel, None), in_use=True)
             self.slots[slot].grafts[str(seed)] = graft
         self._emptied = {at: None for at in self._seeds if self.seed_state(*at) in _EMPTIED}
         for slot in self.slots:
@@ -374,7 +372,9 @@ class MorphableModel(SlottedModel):
         dtype = torch_dtype(kernel.signature.dtype)
         layer.assume(dtype, next((p.device for p in self.host.parameters()), torch.device("cpu")))
         check_fit(kernel, signature_of(layer, seed, kernel.signature.source))
-        check_parameters(kernel, {name: tensor.to(dtype) for name, tensor in weights.items()})
+        # A broken seed is contained, and restored as broken as it was: nothing may be lost by it.
+        finite = {name: torch.nan_to_num(tensor.to(dtype)) for name, tensor in weights.items()}
+        check_parameters(kernel, finite)
         own = kernel_pb2.Kernel()
         own.CopyFrom(kernel)
         graft = Graft(own, kernel_digest(own), weights, place_of(layer, seed))

@@ -166,6 +166,17 @@ def test_saving_changes_nothing_and_is_repeatable(
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_broken_seed_can_be_saved_and_loaded(
+    tmp_path: Path, grown: MorphableModel, new_host: NewHost, tokens: Tensor
+) -> None:
+    with torch.no_grad():
+        grown.seed_parameters("block", 0)[0].fill_(torch.inf)
+    esper.save(grown, tmp_path / "model")
+    loaded = esper.load(tmp_path / "model", new_host(seed=8))
+    assert loaded.seed_parameters("block", 0)[0].isinf().all()
+    assert torch.equal(loaded.eval()(tokens), grown.eval()(tokens))
+
+
 def test_model_without_any_forward_is_restored(tmp_path: Path, new_host: NewHost) -> None:
     esper.save(esper.wrap(new_host(), target_layers=["block"]), tmp_path / "model")
     model = esper.load(tmp_path / "model", new_host(seed=3))

@@ -236,10 +236,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: swap(f, lambda w: w.update({"slots.block.0.b": torch.zeros(4).double()})),
         "dtype of slots.block.0.b is 'float64', but the host computes in float32",
     ),
-    "seed tensor that is not finite": (
-        lambda f: swap(f, lambda w: w["slots.block.0.b"].fill_(torch.inf)),
-        "inconsistent.*finite",
-    ),
     "weights that are no safetensors": (
         lambda f: ((f / "weights.safetensors").write_bytes(b"\x80\x04pickle"), seal(f)),
         "weights.safetensors is 'unreadable', but it must be a safetensors file",

@@ -164,3 +164,26 @@ def test_a_bank_of_another_shape_is_refused(grown):
     model = wrap(make_host(), ["1"])
     with pytest.raises(ValueError, match="bank has 2 slots with 8 seeds, but the model has 1"):
         model.restore(*saved(grown))
+
+
+def test_a_broken_seed_does_not_keep_the_rest_from_being_restored(grown):
+    with torch.no_grad():
+        grown.seed_parameters("0", 0)[0].fill_(float("nan"))
+    model = fresh()
+    weights = {
+        at: dict(
+            zip(
+                [spec.name for spec in grown.kernel_of(*at).parameters],
+                grown.seed_parameters(*at),
+                strict=True,
+            )
+        )
+        for at in grown.occupied_seeds()
+    }
+    model.restore(
+        grown.bank.to_bytes(),
+        {name: layer.slot_state() for name, layer in grown.slots.items()},
+        {at: (grown.kernel_of(*at), tensors) for at, tensors in weights.items()},
+    )
+    assert torch.equal(model(X), grown(X)) and model(X).isfinite().all()
+    assert model.seed_parameters("0", 0)[0].isnan().all()
