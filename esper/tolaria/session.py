@@ -9,6 +9,13 @@
 The session hangs on ``optimizer.step()`` by torch's own post-step hook and on nothing else. It
 never draws from the global random state, never changes a gradient of the host, and with growth
 off (or a dead plane) the run is the run that plain torch would have made.
+
+The optimizer does not know a newborn seed, whose gradients are cleared after each step. So:
+
+* Clip over the optimizer's parameters (``p for group in optimizer.param_groups for p in
+  group["params"]``); over ``model.parameters()`` a newborn's gradients would shrink the host's.
+* Where a batch is given up after its backward, call ``model.zero_grad()``.
+* ``torch.amp.GradScaler`` is not supported: it would not unscale a newborn's gradients.
 """
 
 import contextlib

@@ -102,3 +102,28 @@ def test_no_seed_stays_behind_that_the_optimizer_cannot_train(
     with pytest.raises(ValueError, match="only supports 2D parameters"):
         _germinate(model, protocol, _plan())
     assert model.occupied_seeds() == [] and protocol.live == {}
+
+
+def test_a_newborn_changes_no_bit_of_a_host_that_clips_and_accumulates() -> None:
+    def train(model: nn.Module, optimizer: Optimizer, steps: int) -> None:
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            for _ in range(2):
+                model(torch.randn(5, 6, generator=generator)).square().sum().backward()
+            clipped = [p for group in optimizer.param_groups for p in group["params"]]
+            assert float(nn.utils.clip_grad_norm_(clipped, 0.1)) > 0.1, "there is much to clip"
+            optimizer.step()
+
+    bare = _host().host
+    train(bare, _sgd(bare), steps=5)
+    model = _host()
+    optimizer = _sgd(model)
+    protocol = GraftProtocol(model, optimizer, GraftConfig())
+    _germinate(model, protocol, _plan(training_steps=10))
+    optimizer.register_step_post_hook(lambda *_: protocol.on_step())
+    born = [p.detach().clone() for p in model.seed_parameters("0", 0)]
+    train(model, optimizer, steps=5)
+    for name, value in bare.state_dict().items():
+        assert torch.equal(model.host.state_dict()[name], value), name
+    assert not all(map(torch.equal, born, model.seed_parameters("0", 0)))
