@@ -82,6 +82,19 @@ class EpochRecord:
     flops: int
     alphas: Mapping[tuple[str, int], float]
 
+    def to_proto(self, run: str) -> event_pb2.EpochEvent:
+        """Returns the epoch as it is published."""
+        event = event_pb2.EpochEvent(
+            run=run,
+            epoch=self.epoch,
+            step=self.step,
+            held_out_loss=self.held_out_loss,
+            num_parameters=self.parameters,
+        )
+        if self.train_loss is not None:
+            event.train_loss = self.train_loss
+        return event
+
 
 @dataclass(slots=True)
 class History:

@@ -35,7 +35,6 @@ from esper.kasmina import MorphableModel
 from esper.kasmina import SeedLifecycleState
 from esper.kasmina import Transition
 from esper.kasmina import lifecycle
-from esper.oona.v1 import event_pb2
 from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria.cost import TrainingCost
 from esper.tolaria.evaluation import Batch
@@ -142,6 +141,7 @@ class Session:
         self._protocol = GraftProtocol(model, optimizer, self._config.graft)
         self._step_hook = optimizer.register_step_post_hook(self._on_step)
         self._link = PlaneLink(plane, self._config.candidates)
+        self._warn_of_strangers()
 
     def __enter__(self) -> "Session":
         if self._closed:
@@ -221,9 +221,23 @@ class Session:
             last_first.callback(self._step_hook.remove)
             self._protocol.finish()
 
+    def _warn_of_strangers(self) -> None:
+        model = self._model
+        strangers = [
+            f"{slot}[{seed}] {model.seed_state(slot, seed).name}"
+            for slot, seed in model.occupied_seeds()
+            if model.seed_state(slot, seed) is not State.FOSSILIZED
+        ]
+        if strangers:
+            _log.warning(
+                "esper: seeds that this session has not planted are under way, and it will not "
+                "move them: %s",
+                ", ".join(strangers),
+            )
+
     def _on_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        self._protocol.on_step()
         self._step += 1
+        self._protocol.on_step()
 
     def _on_transition(self, transition: Transition) -> None:
         event = LifecycleEvent(
@@ -314,7 +328,7 @@ class Session:
             observation.host_graph.CopyFrom(graph)
             self._graph_digest_sent = graph.digest
         self._link.observe(observation)
-        self._link.publish("system.events.epoch", self._epoch_event(record), key=self.run)
+        self._link.publish("system.events.epoch", record.to_proto(self.run), key=self.run)
         if self._mode == "lockstep":
             advice = self._link.wait(self._epoch, self._config.lockstep_timeout_s)
         else:
@@ -342,18 +356,6 @@ class Session:
         if limits.max_flops_per_sample is not None:
             budget.max_flops_per_sample = limits.max_flops_per_sample
         return budget
-
-    def _epoch_event(self, record: EpochRecord) -> event_pb2.EpochEvent:
-        event = event_pb2.EpochEvent(
-            run=self.run,
-            epoch=record.epoch,
-            step=record.step,
-            held_out_loss=record.held_out_loss,
-            num_parameters=record.parameters,
-        )
-        if record.train_loss is not None:
-            event.train_loss = record.train_loss
-        return event
 
     def _apply(self, advice: Advice) -> None:
         """Carries out one decision, or says why not; a refused decision changes nothing."""

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,8 @@ def test_a_chosen_kernel_is_trained_grafted_and_kept(plane: str) -> None:
         "FOSSILIZED",
     ]
     assert "held-out gain" in fossils[0].reason
+    steps = [e.step for e in session.history.events if (e.slot, e.seed) == (slot, seed)]
+    assert [after - before for before, after in pairwise(steps[:5])] == [1, 5, 10, 3]
     with_seed = _outputs(model)
     with model.muted(slot, seed):
         assert not torch.allclose(_outputs(model), with_seed, atol=1e-3)
@@ -314,6 +317,17 @@ def test_a_plane_that_hangs_is_given_up(
         session.close()
     assert not session._link._thread.is_alive()
     assert [r.message for r in caplog.records if "did not take the last reports" in r.message]
+
+
+def test_seeds_that_nobody_will_move_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer, session = _open()
+    session.close()
+    model(TASK.train.inputs[:2])
+    model.germinate("net", 1, "bottleneck", rank=2)
+    given = {"epochs": 3, "held_out": TASK.held_out_batches(), "loss": TASK.loss, "plane": NOWHERE}
+    with caplog.at_level(logging.WARNING, logger="esper"):
+        Session(model, optimizer, **given).close()  # type: ignore[arg-type]
+    assert [r for r in caplog.records if r.message.endswith("net[1] GERMINATED")]
 
 
 def _decide(action: "controller_pb2.Action", **fields: object) -> Advice:
