@@ -42,8 +42,9 @@ def harden(model: MorphableModel) -> nn.Module:
 
     Raises:
         ValueError: If ``model`` is not wrapped, or a module with grafts has never run, has an
-            attribute of the name that a graft's parameter needs, or returns something that a
-            graph cannot rebuild (anything but tensors, tuples, lists and dicts).
+            attribute of the name that a graft's parameter needs, feeds a graft from an input that
+            is not its first, or returns something that a graph cannot rebuild (anything but
+            tensors, tuples, lists and dicts).
     """
     if not isinstance(model, MorphableModel):
         raise ValueError(
@@ -83,6 +84,11 @@ def _graft_hook(layer: KasminaLayer, live: dict[int, tuple[Graft, float]]) -> fx
         raise ValueError(
             f"slot {layer.name!r} has never run, so what it returns is not known; run one forward "
             "of the model first"
+        )
+    if not layer.first_input_feeds and any(graft.reads_input for graft, _ in live.values()):
+        raise ValueError(
+            f"slot {layer.name!r} has a graft that reads the module's input, but the first input "
+            "is no floating-point tensor, and a hardened module can read no other"
         )
     graph = fx.Graph()
     module, args, kwargs, output = (

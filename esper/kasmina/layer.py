@@ -54,6 +54,8 @@ class KasminaLayer(nn.Module):
             forward has told it.
         tokens_per_sample: Rows of the output for each sample of the batch, in the forward observed
             last; None before.
+        first_input_feeds: Whether what seeds read is the module's very first input, as far as a
+            forward has told.
         bounds: Half-open feature range of each seed's chunk; empty until the width is known.
         grafts: The planted kernels by seed.
         telemetry: What the slot has shown; None until the width is known.
@@ -72,6 +74,7 @@ class KasminaLayer(nn.Module):
         self.output_axes: int | None = None
         self.output_path: OutputPath | None = None
         self.tokens_per_sample: float | None = None
+        self.first_input_feeds = True
         self.bounds: tuple[tuple[int, int], ...] = ()
         self.grafts = nn.ModuleDict()
         self.telemetry: SlotTelemetry | None = None
@@ -297,7 +300,10 @@ class KasminaLayer(nn.Module):
         sampled = self._sampled_step is not None
         x = self._input(args, kwargs) if self._reads_input or sampled else None
         if self.output_axes is None:
-            self._learn(host, path, self._input(args, kwargs))
+            source = self._input(args, kwargs)
+            self._learn(host, path, source)
+            first = args[0] if args else kwargs.get(next(iter(self._input_names), ""))
+            self.first_input_feeds = source is None or source is first
         h = features_last(host, self.channel_axis)
         if h.shape[-1] != self.width:
             raise ValueError(

@@ -331,3 +331,34 @@ def test_slot_that_never_ran_and_name_that_is_taken_are_refused(plant: Plant) ->
 def test_plain_model_is_refused(new_host: NewHost) -> None:
     with pytest.raises(ValueError, match="model is a Net, but only a wrapped model"):
         esper.harden(new_host())
+
+
+def test_a_graft_fed_by_a_later_input_is_refused() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, mask: Tensor, x: Tensor) -> Tensor:
+            return self.layer(x) * mask
+
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Masked()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(torch.ones(6, dtype=torch.bool), x)
+
+    for blueprint in ("bottleneck", "widen"):  # the one reads the output, the other the input
+        model = esper.wrap(Host(), target_layers=["block"], seeds_per_layer=1)
+        x = torch.randn(3, 6)
+        model(x)
+        model.germinate("block", 0, blueprint, rank=2)
+        for state in ("TRAINING", "GRAFTING", "STABILIZATION"):
+            model.advance("block", 0, state)
+        if blueprint == "bottleneck":
+            torch.testing.assert_close(esper.harden(model)(x), model(x))
+            continue
+        with pytest.raises(ValueError, match="slot 'block' has a graft that reads .* first input"):
+            esper.harden(model)
