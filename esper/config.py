@@ -75,11 +75,6 @@ class GraftConfig:
             "it must be above 0",
         )
 
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps from germination to the trial."""
-        return self.training_steps + self.ramp_steps + self.stabilization_steps + 1
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BudgetConfig:

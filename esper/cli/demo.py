@@ -1,6 +1,8 @@
 """`esper demo`: growth on real data, next to the controls that it must beat."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +14,7 @@ from rich.progress import TaskID
 from rich.progress import TextColumn
 from rich.progress import TimeElapsedColumn
 
+from esper.artifacts import check_target
 from esper.tolaria import demo
 from esper.tolaria.plots import PLOT_FILE
 from esper.tolaria.report import REPORT_FILE
@@ -59,6 +62,33 @@ class _Bars:
             self._console.print(f"{arm}: {10 * tenth} %, {text}", soft_wrap=True, highlight=False)
 
 
+def check_out(out: Path) -> None:
+    """Refuses a folder that cannot take the results, before minutes of training are lost.
+
+    Args:
+        out: Folder for the results; made where it does not exist.
+
+    Raises:
+        click.ClickException: If it cannot be made or written, or something is in the way.
+        ModelFolderError: If `model` in it is there already and is no model folder.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # The mode bits say too little: root passes them all, and a mount may be read-only.
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise click.ClickException(
+            f"--out is {str(out)!r}, but it must be a folder that can be written: {error.strerror}"
+        ) from error
+    for path in (out / REPORT_FILE, out / PLOT_FILE):
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            raise click.ClickException(
+                f"--out is {str(out)!r}, but its {path.name} is not a file that can be replaced"
+            )
+    check_target(out / "model")
+
+
 @click.command(name="demo")
 @click.option(
     "--out",
@@ -90,12 +120,17 @@ def command(
     the controls: the same model without growth, the same at equal compute, and a model of the final
     size at equal compute. Prints a table and the life of every seed.
     """
+    check_out(out)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     with _Bars(console) as bars:
         result = demo.run(out, seed=seed, epochs=epochs, mode=mode, plane=plane, progress=bars.show)
     print_report(console, result.report)
-    if result.plane_failure is not None:
-        console.print(f"the plane was lost: {result.plane_failure}", highlight=False)
     model = out / "model"
-    console.print(f"wrote {out / REPORT_FILE}, {out / PLOT_FILE} and {model}", highlight=False)
-    console.print(f"check it with: esper evaluate {model}", highlight=False)
+    lines = [
+        f"wrote {out / REPORT_FILE}, {out / PLOT_FILE} and {model}",
+        f"check it with: esper evaluate {model}",
+    ]
+    if result.history.plane_failure is not None:
+        lines.insert(0, f"the plane was lost: {result.history.plane_failure}")
+    for line in lines:  # neither wrapped nor read as markup: paths are there to be copied
+        console.print(line, soft_wrap=True, highlight=False, markup=False)

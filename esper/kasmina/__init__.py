@@ -13,7 +13,6 @@ __all__ = [
     "MorphableModel",
     "SeedLifecycleState",
     "SlotState",
-    "SlotState",
     "Transition",
     "unwrap",
     "wrap",

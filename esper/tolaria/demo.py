@@ -62,12 +62,10 @@ class DemoResult:
     Attributes:
         report: What report.json says.
         history: The grown arm's history.
-        plane_failure: Why the plane was lost, or ``None``.
     """
 
     report: Report
     history: History
-    plane_failure: str | None
 
 
 def run(
@@ -96,7 +94,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     task = tasks.get("digits")
     model = wrap(task.host(seed), target_layers=["net"], seeds_per_layer=3)
-    grown, history, failure = _grow(task, model, seed, epochs, mode, plane, progress)
+    grown, history = _grow(task, model, seed, epochs, mode, plane, progress)
     budget = grown.flops
     final_size = matching_size(task, grown.parameters)
     arms = [
@@ -111,7 +109,7 @@ def run(
     save(model, out / "model", task=task.name, history=history.events)
     plot_growth(history, out / "growth.png")
     report.write(out)
-    return DemoResult(report=report, history=history, plane_failure=failure)
+    return DemoResult(report=report, history=history)
 
 
 def matching_size(task: tasks.Task, parameters: int) -> int:
@@ -128,7 +126,7 @@ def _grow(
     mode: Mode,
     plane: Address | None,
     progress: Progress,
-) -> tuple[Arm, History, str | None]:
+) -> tuple[Arm, History]:
     def show(record: EpochRecord) -> None:
         text = f"{record.parameters} parameters, held-out loss {record.held_out_loss:.3f}"
         progress(GROWN, (record.epoch + 1) / epochs, text)
@@ -151,10 +149,10 @@ def _grow(
         name=GROWN,
         test_accuracy=task.accuracy(model, task.test),
         parameters=model.num_parameters(),
-        flops=trainer.session.cost.total,
+        flops=history.epochs[-1].flops,
         wall_s=time.perf_counter() - started,
     )
-    return arm, history, trainer.session.plane_failure
+    return arm, history
 
 
 def _static(

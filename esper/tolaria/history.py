@@ -104,8 +104,11 @@ class History:
         events: Lifecycle events in order.
         epochs: One record per epoch.
         refusals: Decisions that were not carried out, with the reason.
+        plane_failure: Why the plane was lost, known when the session is closed; ``None`` if it
+            was there to the end.
     """
 
     events: list[LifecycleEvent] = field(default_factory=list)
     epochs: list[EpochRecord] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    plane_failure: str | None = None

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import grpc
 from google.protobuf.message import Message
 from torch import Tensor
 
@@ -39,6 +40,20 @@ _log = logging.getLogger("esper")
 
 Address = str | Mapping[str, str]
 
+# The plane is there and says no to one request; every other code says that it is gone or broken.
+_REFUSALS = frozenset(
+    {
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.ALREADY_EXISTS,
+        grpc.StatusCode.DATA_LOSS,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.OUT_OF_RANGE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Advice:
@@ -57,10 +72,17 @@ class Advice:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One thing for the link's thread to do; only what outlives the run is done at its end."""
+    """One thing for the link's thread to do.
+
+    Attributes:
+        run: Does it.
+        outlives_run: Whether it is still done when the run has ended.
+        vital: Whether the link ends where the plane refuses it; a stream that was refused is over.
+    """
 
     run: Callable[[Plane], None]
     outlives_run: bool
+    vital: bool
 
 
 def check_plane(plane: Address | None) -> None:
@@ -134,7 +156,7 @@ class PlaneLink:
 
     def observe(self, observation: controller_pb2.Observation) -> None:
         """Sends an observation; the advice arrives later."""
-        self._post(lambda plane: self._advise(plane, observation))
+        self._post(lambda plane: self._advise(plane, observation), vital=True)
 
     def publish(self, topic: str, message: Message, key: str) -> None:
         """Appends an event to a topic of Oona."""
@@ -152,7 +174,7 @@ class PlaneLink:
 
         self._post(record, outlives_run=True)
 
-    def deployed(self, kernel_name: str) -> None:
+    def mark_deployed(self, kernel_name: str) -> None:
         """Tells Urza that a kernel is at work in a model."""
 
         def deploy(plane: Plane) -> None:
@@ -197,9 +219,11 @@ class PlaneLink:
             self._plane.close()  # ends the call that the thread hangs in
             self._thread.join(STOP_TIMEOUT_S + 1.0)
 
-    def _post(self, run: Callable[[Plane], None], *, outlives_run: bool = False) -> None:
+    def _post(
+        self, run: Callable[[Plane], None], *, outlives_run: bool = False, vital: bool = False
+    ) -> None:
         if self._failure is None:
-            self._work.put(_Work(run, outlives_run))
+            self._work.put(_Work(run, outlives_run, vital))
 
     def _fail(self, why: str) -> None:
         with self._arrived:
@@ -229,9 +253,17 @@ class PlaneLink:
         try:
             while (work := self._work.get()) is not None and self._failure is None:
                 if not self._closing or work.outlives_run:
-                    work.run(plane)
+                    self._do(work, plane)
         finally:
             self._observations.put(None)
+
+    def _do(self, work: _Work, plane: Plane) -> None:
+        try:
+            work.run(plane)
+        except RpcError as error:
+            if work.vital or error.code not in _REFUSALS:
+                raise
+            _log.warning("esper: the plane refused %s", error)
 
     def _advise(self, plane: Plane, observation: controller_pb2.Observation) -> None:
         if self._responses is None:
@@ -240,7 +272,14 @@ class PlaneLink:
         response = next(self._responses, None)
         if response is None:
             raise PlaneError("it ended the stream of advice")
-        advice = [self._complete(plane, decision) for decision in response.decisions]
+        advice: list[Advice] = []
+        for decision in response.decisions:
+            try:
+                advice.append(self._complete(plane, decision))
+            except RpcError as error:
+                if error.code not in _REFUSALS:
+                    raise
+                _log.warning("esper: decision %s has no kernel: %s", decision.id, error)
         with self._arrived:
             self._advice.extend(advice)
             self._answered_epoch = response.epoch

@@ -21,7 +21,6 @@ The optimizer does not know a newborn seed, whose gradients are cleared after ea
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable
 from collections.abc import Collection
 from types import TracebackType
 from typing import Literal
@@ -34,9 +33,11 @@ from esper.config import EsperConfig
 from esper.kasmina import MorphableModel
 from esper.kasmina import SeedLifecycleState
 from esper.kasmina import Transition
-from esper.kasmina import lifecycle
 from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria.cost import TrainingCost
+from esper.tolaria.decisions import Decisions
+from esper.tolaria.decisions import action_name
+from esper.tolaria.decisions import flops_per_sample
 from esper.tolaria.evaluation import Batch
 from esper.tolaria.evaluation import SampleLoss
 from esper.tolaria.evaluation import paired_trial
@@ -53,8 +54,6 @@ from esper.tolaria.link import check_plane
 from esper.tolaria.optimizers import check_supported
 from esper.tolaria.protocol import GraftProtocol
 from esper.tolaria.protocol import LiveGraft
-from esper.tolaria.protocol import complete_plan
-from esper.tolaria.protocol import plan_steps
 from esper.urza.v1 import library_pb2
 
 _log = logging.getLogger("esper")
@@ -139,6 +138,7 @@ class Session:
         model.telemetry_interval = self._config.telemetry_interval
         model.observers.append(self._on_transition)
         self._protocol = GraftProtocol(model, optimizer, self._config.graft)
+        self._decisions = Decisions(model, self._protocol, self.cost, self._config)
         self._step_hook = optimizer.register_step_post_hook(self._on_step)
         self._link = PlaneLink(plane, self._config.candidates)
         self._warn_of_strangers()
@@ -214,12 +214,16 @@ class Session:
             return
         self._closed = True
         with contextlib.ExitStack() as last_first:  # all of it, whatever an observer raises
-            last_first.callback(self._link.close)
+            last_first.callback(self._close_link)
             last_first.callback(self.cost.close)
             last_first.callback(self._model.observers.remove, self._on_transition)
             last_first.callback(self._protocol.close)
             last_first.callback(self._step_hook.remove)
             self._protocol.finish()
+
+    def _close_link(self) -> None:
+        self._link.close()
+        self.history.plane_failure = self._link.failure
 
     def _warn_of_strangers(self) -> None:
         model = self._model
@@ -272,7 +276,7 @@ class Session:
             report.gain, report.gain_low, report.gain_high = trial.gain, trial.low, trial.high
             report.p_value, report.num_samples = trial.p_value, trial.num_samples
         if transition.after is State.FOSSILIZED:
-            self._link.deployed(kernel)
+            self._link.mark_deployed(kernel)
         self._link.report(report)
 
     def _hold_trials(self) -> None:
@@ -291,7 +295,7 @@ class Session:
                 without_seed,
                 level=trial_level(self._significance(graft), self._num_trials),
                 price=self._config.budget.min_gain_per_mflop
-                * self._flops_per_sample(graft.slot, graft.kernel)
+                * flops_per_sample(self._model, graft.slot, graft.kernel)
                 / 1e6,
             )
             self._protocol.conclude(graft, trial)
@@ -302,9 +306,6 @@ class Session:
         if graft.plan.HasField("significance"):
             return min(graft.plan.significance, self._config.significance)
         return self._config.significance
-
-    def _flops_per_sample(self, slot: str, kernel: kernel_pb2.Kernel) -> float:
-        return kernel.flops_per_token * (self._model.slots[slot].tokens_per_sample or 1.0)
 
     def _consult(self, record: EpochRecord, *, apply: bool) -> None:
         graph = self._model.host_graph()
@@ -358,113 +359,19 @@ class Session:
         return budget
 
     def _apply(self, advice: Advice) -> None:
-        """Carries out one decision, or says why not; a refused decision changes nothing."""
         decision = advice.decision
         if decision.action == controller_pb2.ACTION_WAIT:
+            _log.info("esper: epoch %d: no growth: %s", self._epoch, decision.explanation)
             return
+        steps_per_epoch = self._step - self._epoch_first_step
+        steps_left = (self._epochs - 1 - self._epoch) * steps_per_epoch
         try:
-            self._check_deadline(decision)
-            if decision.action not in _HANDLERS:
-                raise ValueError("the session does not carry out this action")
-            _HANDLERS[decision.action](self, advice)
+            self._decisions.apply(advice, epoch=self._epoch, steps_left=steps_left)
         except ValueError as error:
-            name = _ACTION_NAMES.get(decision.action, str(decision.action))
+            name = action_name(decision)
             _log.info("esper: decision %s (%s) refused: %s", decision.id, name, error)
             self.history.refusals.append(f"epoch {self._epoch}: {name} {decision.slot}: {error}")
 
-    def _check_deadline(self, decision: controller_pb2.Decision) -> None:
-        if decision.HasField("deadline_epoch") and self._epoch > decision.deadline_epoch:
-            raise ValueError(
-                f"deadline_epoch is {decision.deadline_epoch}, but epoch {self._epoch} has ended"
-            )
 
-    def _germinate(self, advice: Advice) -> None:
-        decision, kernel = advice.decision, advice.kernel
-        assert kernel is not None, "a GERMINATE advice carries its kernel"
-        plan = complete_plan(
-            decision.plan if decision.HasField("plan") else None, self._config.graft
-        )
-        steps_per_epoch = self._step - self._epoch_first_step
-        left = (self._epochs - 1 - self._epoch) * steps_per_epoch
-        if plan_steps(plan) > left:
-            raise ValueError(
-                f"plan takes {plan_steps(plan)} steps, but the run has only {left} left"
-            )
-        self._model.seed_state(decision.slot, decision.seed)  # refuses a slot that is not there
-        most = self._config.budget.max_flops_per_sample
-        flops = self.cost.forward_flops_per_sample()
-        added = self._flops_per_sample(decision.slot, kernel)
-        if most is not None and flops + added > most:
-            raise ValueError(
-                f"the kernel costs {added:.0f} operations per sample, but the budget leaves "
-                f"{most - flops}"
-            )
-        limit = self._config.budget.max_parameters
-        if limit is not None and self._model.num_parameters() + kernel.parameter_count > limit:
-            raise ValueError(
-                f"parameter_count is {kernel.parameter_count}, but the budget leaves "
-                f"{limit - self._model.num_parameters()}"
-            )
-        self._protocol.germinate(
-            decision.slot,
-            decision.seed,
-            decision.kernel,
-            kernel,
-            advice.weights,
-            plan,
-            decision.explanation,
-        )
-
-    def _advance(self, advice: Advice) -> None:
-        decision = advice.decision
-        target = lifecycle.from_proto(decision.target_state)
-        if target in (State.FINE_TUNING, State.FOSSILIZED):
-            raise ValueError(f"target_state is {target.name}, but only a passed trial leads there")
-        self._model.advance(decision.slot, decision.seed, target, reason=decision.explanation)
-
-    def _set_alpha(self, advice: Advice) -> None:
-        decision = advice.decision
-        self._model.set_seed_alpha(decision.slot, decision.seed, decision.alpha)
-
-    def _cull(self, advice: Advice) -> None:
-        decision = advice.decision
-        self._model.cull(decision.slot, decision.seed, reason=decision.explanation)
-
-    def _cancel(self, advice: Advice) -> None:
-        decision = advice.decision
-        self._model.unload_kernel(decision.slot, decision.seed, reason=decision.explanation)
-
-
-# FOSSILIZE is not among them: only a passed trial fossilises.
-_HANDLERS: dict[int, Callable[[Session, Advice], None]] = {
-    controller_pb2.ACTION_GERMINATE: Session._germinate,
-    controller_pb2.ACTION_ADVANCE: Session._advance,
-    controller_pb2.ACTION_SET_ALPHA: Session._set_alpha,
-    controller_pb2.ACTION_CULL: Session._cull,
-    controller_pb2.ACTION_CANCEL: Session._cancel,
-}
-_ACTION_NAMES = {number: name for name, number in controller_pb2.Action.items()}
-
-
-def session(
-    model: MorphableModel,
-    optimizer: Optimizer,
-    *,
-    epochs: int,
-    held_out: Collection[Batch],
-    loss: SampleLoss,
-    plane: Address | None = None,
-    mode: Mode = "async",
-    config: EsperConfig | None = None,
-) -> Session:
-    """Opens a growth session; the arguments are those of ``Session``."""
-    return Session(
-        model,
-        optimizer,
-        epochs=epochs,
-        held_out=held_out,
-        loss=loss,
-        plane=plane,
-        mode=mode,
-        config=config,
-    )
+session = Session
+"""The name that a user calls: ``esper.session(model, optimizer, ...)`` opens a session."""

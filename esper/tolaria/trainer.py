@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterable
+from functools import partial
 
 from torch import nn
 from torch.optim import Optimizer
@@ -86,7 +87,8 @@ class Trainer:
         self._loss = loss
         self._epochs = epochs
         self._on_epoch = on_epoch
-        self.session = Session(
+        self._open_session = partial(
+            Session,
             model,
             optimizer,
             epochs=epochs,
@@ -98,16 +100,19 @@ class Trainer:
         )
 
     def fit(self) -> History:
-        """Runs all epochs and closes the session.
+        """Opens a session, runs all epochs and closes it.
 
         Returns:
             The run's history.
+
+        Raises:
+            ValueError: If an argument breaks its rule, see ``Session``; nothing was trained then.
         """
-        with self.session:
+        with self._open_session() as session:
             for epoch in range(self._epochs):
                 batches = self._train(epoch) if callable(self._train) else self._train
                 train_loss = train_epoch(self.model, self.optimizer, batches, self._loss)
-                record = self.session.epoch_end(train_loss=train_loss)
+                record = session.epoch_end(train_loss=train_loss)
                 if self._on_epoch is not None:
                     self._on_epoch(record)
-        return self.session.history
+        return session.history
