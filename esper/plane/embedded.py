@@ -52,7 +52,7 @@ class EmbeddedPlane:
         try:
             with self.log_path.open("wb") as log:
                 self._process = subprocess.Popen(
-                    server_command(services, self.address, self.data_dir, exit_with_parent=True),
+                    server_command(services, self.address, self.data_dir, scratch=self._folder),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,

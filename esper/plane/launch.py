@@ -15,7 +15,7 @@ def server_command(
     *,
     urza: str | None = None,
     insecure: bool = False,
-    exit_with_parent: bool = False,
+    scratch: Path | None = None,
     log_json: bool = False,
 ) -> list[str]:
     """Returns the command line of a server.
@@ -26,7 +26,7 @@ def server_command(
         data_dir: Directory of the stores.
         urza: Address of the Urza that the other services use; None means the server itself.
         insecure: Accept plain text on an address that other machines reach.
-        exit_with_parent: Stop once stdin ends or the parent process is gone.
+        scratch: Stop once stdin ends or the parent process is gone, and remove this folder then.
         log_json: Log lines as JSON.
     """
     # -P: a file of the user's working directory must not stand in for a module of the server.
@@ -36,8 +36,8 @@ def server_command(
         command += ["--urza", urza]
     if insecure:
         command.append("--insecure")
-    if exit_with_parent:
-        command.append("--exit-with-parent")
+    if scratch is not None:
+        command += ["--exit-with-parent", str(scratch)]
     if log_json:
         command.append("--log-json")
     return command

@@ -28,7 +28,9 @@ def parse(arguments: Sequence[str]) -> tuple[ServerConfig, bool]:
     parser.add_argument("--data", type=Path, default=default_data_dir())
     parser.add_argument("--urza", help="address of the Urza to use, default this server")
     parser.add_argument("--insecure", action="store_true")
-    parser.add_argument("--exit-with-parent", action="store_true")
+    parser.add_argument(
+        "--exit-with-parent", type=Path, metavar="FOLDER", help="and remove the parent's FOLDER"
+    )
     parser.add_argument("--log-json", action="store_true")
     options = parser.parse_args(arguments)
     try:
@@ -42,7 +44,7 @@ def parse(arguments: Sequence[str]) -> tuple[ServerConfig, bool]:
         data_dir=options.data.absolute(),
         urza=urza,
         insecure=options.insecure,
-        exit_with_parent=options.exit_with_parent,
+        scratch=options.exit_with_parent,
     )
     return config, options.log_json
 

@@ -1,8 +1,10 @@
 """Runs services in one gRPC server: binding, health, reflection, draining."""
 
 import asyncio
+import contextlib
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -45,7 +47,8 @@ class ServerConfig:
         data_dir: Directory of the stores; created where missing.
         urza: Address of another server's Urza; None means this server.
         insecure: Whether plain text on an address that other machines reach is accepted.
-        exit_with_parent: Whether to stop once stdin ends or the parent process is gone.
+        scratch: Folder of the parent process. Where given, the server stops once stdin ends or the
+            parent is gone, and removes the folder, which nobody else could do then.
         limits: What the server takes on at a time.
     """
 
@@ -54,7 +57,7 @@ class ServerConfig:
     data_dir: Path
     urza: str | None = None
     insecure: bool = False
-    exit_with_parent: bool = False
+    scratch: Path | None = None
     limits: ServerLimits = ServerLimits()
 
 
@@ -140,15 +143,16 @@ async def serve(config: ServerConfig, stopping: asyncio.Event) -> None:
     address = bind(server, config.address)
     context = ServiceContext(config.data_dir, config.urza or str(address), stopping)
     services: list[Service] = []
+    orphaned = asyncio.Event()
     watch: asyncio.Task[None] | None = None
     try:
         for service in create_services(config.names, context):
             services.append(service)
             service.add_to(server)
         health_servicer = await _add_shell_services(server, services, config.data_dir)
-        if config.exit_with_parent:
-            _stop_at_end_of_stdin(stopping)
-            watch = asyncio.create_task(_stop_without_parent(os.getppid(), stopping))
+        if config.scratch is not None:
+            _at_end_of_stdin(orphaned)
+            watch = asyncio.create_task(_stop_without_parent(os.getppid(), orphaned, stopping))
         await server.start()
         print(f"esper plane ready: {' '.join(config.names)} on {address}", flush=True)
         LOG.info("serving %s on %s from %s", ", ".join(config.names), address, config.data_dir)
@@ -163,6 +167,8 @@ async def serve(config: ServerConfig, stopping: asyncio.Event) -> None:
             await service.close()
         if address.socket is not None:
             address.socket.unlink(missing_ok=True)
+        if config.scratch is not None and orphaned.is_set():
+            shutil.rmtree(config.scratch, ignore_errors=True)
     LOG.info("stopped")
 
 
@@ -188,13 +194,13 @@ async def _add_shell_services(
 # parent.
 
 
-def _stop_at_end_of_stdin(stopping: asyncio.Event) -> None:
+def _at_end_of_stdin(orphaned: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
 
     def read() -> None:
         if not os.read(0, 4096):
             loop.remove_reader(0)
-            stopping.set()
+            orphaned.set()
 
     try:
         loop.add_reader(0, read)
@@ -202,7 +208,11 @@ def _stop_at_end_of_stdin(stopping: asyncio.Event) -> None:
         raise StartupError("--exit-with-parent needs a pipe as stdin") from None
 
 
-async def _stop_without_parent(parent: int, stopping: asyncio.Event) -> None:
-    while os.getppid() == parent:
-        await asyncio.sleep(PARENT_POLL_S)
+async def _stop_without_parent(
+    parent: int, orphaned: asyncio.Event, stopping: asyncio.Event
+) -> None:
+    while os.getppid() == parent and not orphaned.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(orphaned.wait(), PARENT_POLL_S)
+    orphaned.set()
     stopping.set()

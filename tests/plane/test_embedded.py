@@ -73,23 +73,26 @@ child = os.fork()
 if child == 0:
     time.sleep(60)
     os._exit(0)
-print(plane.pid, child, flush=True)
+print(plane.pid, child, plane.log_path.parent, flush=True)
 time.sleep(60)
 """
 
 
-def test_the_plane_dies_with_a_killed_parent(wait_gone: Callable[..., bool]) -> None:
+def test_the_plane_and_its_folder_go_with_a_killed_parent(wait_gone: Callable[..., bool]) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True
     ) as parent:
         assert parent.stdout is not None
-        pid, child = map(int, parent.stdout.readline().split())
+        words = parent.stdout.readline().split()
+        pid, child, folder = int(words[0]), int(words[1]), Path(words[2])
+        assert folder.is_dir()
         os.kill(pid, 0)
         parent.kill()
         parent.wait()
         gone = wait_gone(pid)
         os.kill(child, signal.SIGKILL)
     assert gone
+    assert not folder.exists()
 
 
 def test_a_forked_child_does_not_stop_the_plane() -> None:

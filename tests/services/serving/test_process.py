@@ -258,7 +258,7 @@ def test_a_slow_start_does_not_turn_clients_away(start_server: Start, short_dir:
 
 def test_exit_with_parent_needs_a_pipe(short_dir: Path) -> None:
     command = server_command(
-        ("oona",), f"unix:{short_dir}/s", short_dir / "data", exit_with_parent=True
+        ("oona",), f"unix:{short_dir}/s", short_dir / "data", scratch=short_dir
     )
     run = subprocess.run(
         command,
