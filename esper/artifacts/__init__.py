@@ -2,9 +2,18 @@
 
 from esper.artifacts.architecture import Architecture
 from esper.artifacts.folder import ModelFolderError
+from esper.artifacts.folder import check_target
 from esper.artifacts.hardening import harden
 from esper.artifacts.model import load
 from esper.artifacts.model import read_architecture
 from esper.artifacts.model import save
 
-__all__ = ["Architecture", "ModelFolderError", "harden", "load", "read_architecture", "save"]
+__all__ = [
+    "Architecture",
+    "ModelFolderError",
+    "check_target",
+    "harden",
+    "load",
+    "read_architecture",
+    "save",
+]

@@ -104,6 +104,22 @@ def architecture_bytes(folder: Path) -> bytes:
     return path.read_bytes()
 
 
+def check_target(folder: Path) -> None:
+    """Refuses a place that `write_folder` would refuse, before anything is written.
+
+    Raises:
+        ModelFolderError: If something other than a model folder has the name.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (
+        any(folder.iterdir()) and not (folder / ARCHITECTURE_FILE).is_file()
+    ):
+        raise ModelFolderError(
+            "path", str(folder), "it is there already and is no model folder; choose another"
+        )
+
+
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Puts a new model folder in place, or leaves what was there.
 
@@ -120,7 +136,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """
     folder = folder.absolute()
     try:
-        _check_replaceable(folder)
+        check_target(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _beside(folder, "new") as new, _beside(folder, "old") as old:
             new.mkdir()
@@ -141,17 +157,6 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise ModelFolderError(
             "path", str(folder), f"it cannot be written: {error.strerror or error}"
         ) from error
-
-
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir() or (
-        any(folder.iterdir()) and not (folder / ARCHITECTURE_FILE).is_file()
-    ):
-        raise ModelFolderError(
-            "path", str(folder), "it is there already and is no model folder; choose another"
-        )
 
 
 @contextmanager

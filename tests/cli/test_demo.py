@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,44 @@ def test_no_process_is_left_behind(tmp_path: Path) -> None:
     while Path(f"/proc/{plane[0]}").exists():
         assert time.monotonic() < deadline, "the plane outlives its parent"
         time.sleep(0.1)
+
+
+def blocked_by_a_file(out: Path) -> None:
+    out.write_text("mine")
+
+
+def blocked_by_a_parent(out: Path) -> None:
+    out.parent.joinpath("out").symlink_to("/proc/nowhere")
+
+
+def report_is_a_folder(out: Path) -> None:
+    (out / "report.json").mkdir(parents=True)
+
+
+def model_is_something_else(out: Path) -> None:
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "notes.txt").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("block", "complaint"),
+    [
+        (blocked_by_a_file, "is a file"),
+        (blocked_by_a_parent, "must be a folder that can be written"),
+        (report_is_a_folder, "its report.json is not a file that can be replaced"),
+        (model_is_something_else, "is there already and is no model folder"),
+    ],
+)
+def test_a_folder_in_the_way_is_told_before_training(
+    tmp_path: Path, block: Callable[[Path], None], complaint: str
+) -> None:
+    out = tmp_path / "out"
+    block(out)
+    before = sorted(tmp_path.rglob("*"))
+    process = start(out)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert complaint in errors
+    assert str(out) in errors
+    assert output == "", "nothing has been trained"
+    assert sorted(tmp_path.rglob("*")) == before
