@@ -108,7 +108,13 @@ def show(status: Status, console: Console) -> None:
 @click.command()
 @click.option("--address", metavar="ADDRESS", help="Default: $ESPER_PLANE, else that of serve.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--timeout", default=3.0, show_default=True, help="Seconds to wait for an answer.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3.0,
+    show_default=True,
+    help="Seconds to wait for an answer.",
+)
 def command(address: str | None, as_json: bool, timeout: float) -> None:
     """Show a running plane: version, services with their health, uptime and what is stored.
 

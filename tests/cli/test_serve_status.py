@@ -55,6 +55,9 @@ def test_nobody_there_is_one_line_and_status_1(short_dir: Path) -> None:
     senseless = run("status", "--address", "nowhere", address=address)
     assert senseless.returncode == 1
     assert len(senseless.stderr.splitlines()) == 1
+    never = run("status", "--timeout", "-1", address=address)
+    assert never.returncode == 2
+    assert "'--timeout': -1.0 is not in the range x>0" in never.stderr
 
 
 def test_serve_takes_its_defaults_from_the_environment(short_dir: Path) -> None:
