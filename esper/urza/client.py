@@ -1,4 +1,4 @@
-"""Client of Urza: blobs, blueprints, kernels and field reports."""
+"""Client of Urza: blobs, blueprints, kernels and field reports; its runs are `UrzaClient.runs`."""
 
 import hashlib
 import uuid
@@ -15,6 +15,7 @@ from esper.common.rpc import readable_errors
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import digest_pb2
 from esper.common.v1 import kernel_pb2
+from esper.urza.runs import RunClient
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import blob_pb2_grpc
 from esper.urza.v1 import library_pb2
@@ -49,9 +50,13 @@ class UrzaClient:
 
     Args:
         channel: An open channel to a server of Urza.
+
+    Attributes:
+        runs: The client of the server's runs.
     """
 
     def __init__(self, channel: grpc.Channel) -> None:
+        self.runs = RunClient(channel)
         self._blobs = blob_pb2_grpc.BlobServiceStub(channel)
         self._library = library_pb2_grpc.LibraryServiceStub(channel)
 

@@ -1,4 +1,4 @@
-"""Digests and resource names: `blueprints/{digest}`, `kernels/{digest}`."""
+"""Digests and resource names: `blueprints/{digest}`, `kernels/{digest}`, `runs/{id}`."""
 
 import hashlib
 import re
@@ -9,6 +9,9 @@ from esper.services.serving.errors import require
 
 HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 HASH_RULE = "must be a SHA-256 as 64 lower-case hexadecimal characters"
+RUN_ID = re.compile(r"[a-z0-9-]{1,64}", re.ASCII)
+RUN_ID_RULE = "1 to 64 of a-z, 0-9 and hyphen"
+_RUNS = "runs/"
 EMPTY_HASH = hashlib.sha256(b"").hexdigest()
 MAX_BLOB_BYTES = 16 << 30
 
@@ -47,3 +50,29 @@ def key_of(field: str, name: str, collection: str) -> bytes:
     """
     require(check_name(field, name, collection))
     return bytes.fromhex(name[len(collection) + 1 :])
+
+
+def check_run_id(field: str, run_id: str) -> list[FieldViolation]:
+    """Checks the form of a run's id."""
+    return (
+        []
+        if RUN_ID.fullmatch(run_id)
+        else [FieldViolation(field, run_id, f"must be {RUN_ID_RULE}")]
+    )
+
+
+def check_run_name(field: str, name: str) -> list[FieldViolation]:
+    """Checks the form of a run's name."""
+    if name.startswith(_RUNS) and RUN_ID.fullmatch(name, len(_RUNS)):
+        return []
+    return [FieldViolation(field, name, f"must be {_RUNS} followed by {RUN_ID_RULE}")]
+
+
+def run_id_of(field: str, name: str) -> str:
+    """Returns the id in a run's name.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT where the name has another form.
+    """
+    require(check_run_name(field, name))
+    return name[len(_RUNS) :]

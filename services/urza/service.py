@@ -1,4 +1,4 @@
-"""Urza's gRPC face: thin adapters over the blobs and the library."""
+"""Urza's gRPC face: thin adapters over the blobs and the library, and the service as a whole."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -11,7 +11,8 @@ from esper.services.serving.errors import invalid
 from esper.services.serving.errors import require
 from esper.services.serving.errors import unimplemented
 from esper.services.store.engine import Store
-from esper.services.urza import library as rows
+from esper.services.urza import library
+from esper.services.urza import runs
 from esper.services.urza import validate
 from esper.services.urza.blobs import TABLE as BLOB_TABLE
 from esper.services.urza.blobs import BlobStore
@@ -20,11 +21,12 @@ from esper.services.urza.library import Library
 from esper.services.urza.names import check_digest
 from esper.services.urza.resources import digest_of_blueprint
 from esper.services.urza.resources import digest_of_kernel
+from esper.services.urza.run_servicer import RunServicer
+from esper.services.urza.runs import Runs
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import blob_pb2_grpc
 from esper.urza.v1 import library_pb2
 from esper.urza.v1 import library_pb2_grpc
-from esper.urza.v1 import run_pb2
 from esper.urza.v1 import run_pb2_grpc
 
 SCHEMA_VERSION = 1
@@ -204,42 +206,6 @@ class LibraryServicer(library_pb2_grpc.LibraryServiceServicer):
         raise unimplemented("esper.urza.v1.LibraryService/Watch")
 
 
-class RunServicer(run_pb2_grpc.RunServiceServicer):
-    """Declares `esper.urza.v1.RunService`, which this release does not serve."""
-
-    async def CreateRun(
-        self, request: run_pb2.CreateRunRequest, context: CallContext
-    ) -> run_pb2.CreateRunResponse:
-        raise unimplemented("esper.urza.v1.RunService/CreateRun")
-
-    async def AppendRunEvents(
-        self,
-        request_iterator: AsyncIterator[run_pb2.AppendRunEventsRequest],
-        context: CallContext,
-    ) -> run_pb2.AppendRunEventsResponse:
-        raise unimplemented("esper.urza.v1.RunService/AppendRunEvents")
-
-    async def GetRun(
-        self, request: run_pb2.GetRunRequest, context: CallContext
-    ) -> run_pb2.GetRunResponse:
-        raise unimplemented("esper.urza.v1.RunService/GetRun")
-
-    async def ListRuns(
-        self, request: run_pb2.ListRunsRequest, context: CallContext
-    ) -> run_pb2.ListRunsResponse:
-        raise unimplemented("esper.urza.v1.RunService/ListRuns")
-
-    def WatchRun(
-        self, request: run_pb2.WatchRunRequest, context: CallContext
-    ) -> AsyncIterator[run_pb2.WatchRunResponse]:
-        raise unimplemented("esper.urza.v1.RunService/WatchRun")
-
-    async def VerifyRun(
-        self, request: run_pb2.VerifyRunRequest, context: CallContext
-    ) -> run_pb2.VerifyRunResponse:
-        raise unimplemented("esper.urza.v1.RunService/VerifyRun")
-
-
 class UrzaService:
     """Urza as a service of the shell; its store is `urza` in the data directory.
 
@@ -255,16 +221,18 @@ class UrzaService:
 
     def __init__(self, context: ServiceContext) -> None:
         directory = context.data_dir / "urza"
-        self._store = Store(directory, (BLOB_TABLE, *rows.TABLES), SCHEMA_VERSION)
+        tables = (BLOB_TABLE, *library.TABLES, *runs.TABLES)
+        self._store = Store(directory, tables, SCHEMA_VERSION)
         blobs = BlobStore(self._store, directory / "blobs")
         self._blob_servicer = BlobServicer(blobs)
         self._library_servicer = LibraryServicer(Library(self._store, blobs))
+        self._run_servicer = RunServicer(Runs(self._store), context.stopping)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the servicers."""
         blob_pb2_grpc.add_BlobServiceServicer_to_server(self._blob_servicer, server)
         library_pb2_grpc.add_LibraryServiceServicer_to_server(self._library_servicer, server)
-        run_pb2_grpc.add_RunServiceServicer_to_server(RunServicer(), server)
+        run_pb2_grpc.add_RunServiceServicer_to_server(self._run_servicer, server)
 
     async def close(self) -> None:
         """Closes the store after its last write."""

@@ -14,8 +14,11 @@ from esper.services.store.requests import check_request_id
 from esper.services.urza.names import check_digest
 from esper.services.urza.names import check_hash
 from esper.services.urza.names import check_name
+from esper.services.urza.names import check_run_id
+from esper.services.urza.names import check_run_name
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import library_pb2
+from esper.urza.v1 import run_pb2
 
 Violations = list[FieldViolation]
 
@@ -24,6 +27,9 @@ MAX_RESOURCE_BYTES = 1 << 20
 MAX_NAME_CHARS = 256
 MAX_SLOT_CHARS = 512
 MAX_REASON_CHARS = 4096
+MAX_EVENT_BYTES = 1 << 20
+MIN_TIME_S = -62135596800  # the years 1 to 9999, as google.protobuf.Timestamp has it
+MAX_TIME_S = 253402300799
 MAX_INT64 = (1 << 63) - 1
 
 
@@ -179,6 +185,47 @@ def list_field_reports(request: library_pb2.ListFieldReportsRequest) -> Violatio
         *check_name("kernel", request.kernel, "kernels"),
         *check_page_size(request.page_size),
     ]
+
+
+def create_run(request: run_pb2.CreateRunRequest) -> Violations:
+    """Checks id, task and request id."""
+    return [
+        *(check_run_id("run_id", request.run_id) if request.run_id else []),
+        *check_text("task", request.task, MAX_NAME_CHARS),
+        *check_request_id(request.request_id),
+    ]
+
+
+def list_runs(request: run_pb2.ListRunsRequest) -> Violations:
+    """Checks page size."""
+    return check_page_size(request.page_size)
+
+
+def watch_run(request: run_pb2.WatchRunRequest) -> Violations:
+    """Checks name and sequence number."""
+    return [
+        *check_run_name("name", request.name),
+        *check_number("start_sequence", request.start_sequence, low=0),
+    ]
+
+
+def append_run_event(request: run_pb2.AppendRunEventsRequest, run: str) -> Violations:
+    """Checks one event of a stream to `run`, the run that its first message named."""
+    found = check_run_name("run", run)
+    if request.run not in ("", run):
+        found.append(FieldViolation("run", request.run, f"must be empty or {run} again"))
+    found += check_number("expected_sequence", request.expected_sequence, low=0)
+    stamp = request.event_time
+    if not MIN_TIME_S <= stamp.seconds <= MAX_TIME_S:
+        rule = "must lie within the years 1 to 9999"
+        found.append(FieldViolation("event_time.seconds", stamp.seconds, rule))
+    found += check_number("event_time.nanos", stamp.nanos, 0, 999_999_999)
+    if not request.body.type_url:
+        found.append(FieldViolation("body", None, "is required"))
+    elif request.body.ByteSize() > MAX_EVENT_BYTES:
+        size = f"{request.body.ByteSize()} bytes"
+        found.append(FieldViolation("body", size, f"must have at most {MAX_EVENT_BYTES} bytes"))
+    return found
 
 
 def _resource_size(field: str, value: blueprint_pb2.Blueprint | kernel_pb2.Kernel) -> Violations:

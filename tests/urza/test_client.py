@@ -25,8 +25,6 @@ from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import blob_pb2_grpc
 from esper.urza.v1 import library_pb2 as pb
 from esper.urza.v1 import library_pb2_grpc
-from esper.urza.v1 import run_pb2
-from esper.urza.v1 import run_pb2_grpc
 
 MIB = 1 << 20
 HASH = "0" * 64
@@ -641,19 +639,11 @@ def test_senseless_reports_are_refused(
 
 
 def test_what_is_declared_but_not_served_says_so(
-    store_plane: Plane, library: library_pb2_grpc.LibraryServiceStub
+    library: library_pb2_grpc.LibraryServiceStub,
 ) -> None:
-    runs = run_pb2_grpc.RunServiceStub(store_plane.channel("urza"))
-    events = iter([run_pb2.AppendRunEventsRequest()])
     calls: dict[str, Callable[[], object]] = {
         "LibraryService/GetLineage": lambda: library.GetLineage(pb.GetLineageRequest()),
         "LibraryService/Watch": lambda: list(library.Watch(pb.WatchRequest())),
-        "RunService/CreateRun": lambda: runs.CreateRun(run_pb2.CreateRunRequest()),
-        "RunService/AppendRunEvents": lambda: runs.AppendRunEvents(events),
-        "RunService/GetRun": lambda: runs.GetRun(run_pb2.GetRunRequest()),
-        "RunService/ListRuns": lambda: runs.ListRuns(run_pb2.ListRunsRequest()),
-        "RunService/WatchRun": lambda: list(runs.WatchRun(run_pb2.WatchRunRequest())),
-        "RunService/VerifyRun": lambda: runs.VerifyRun(run_pb2.VerifyRunRequest()),
     }
     for name, call in calls.items():
         error = refusal(call)
