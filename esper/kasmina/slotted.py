@@ -290,6 +290,6 @@ class SlottedModel(nn.Module):
             hint = f"; near names: {', '.join(near)}" if near else ""
             raise ValueError(f"slot is {slot!r}, but the model has no such slot{hint}")
         num_seeds = self.slots[slot].num_seeds
-        if not 0 <= seed < num_seeds:
-            raise ValueError(f"seed is {seed}, but slot {slot!r} has seeds 0 to {num_seeds - 1}")
+        if not isinstance(seed, int) or not 0 <= seed < num_seeds:
+            raise ValueError(f"seed is {seed!r}, but slot {slot!r} has seeds 0 to {num_seeds - 1}")
         return self._slot_index[slot], seed

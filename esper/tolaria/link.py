@@ -123,6 +123,7 @@ class PlaneLink:
         self._candidates = tuple(candidates)
         self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._closing = False
+        self._asked = False
         self._observations: queue.SimpleQueue[controller_pb2.Observation | None] = (
             queue.SimpleQueue()
         )
@@ -156,6 +157,7 @@ class PlaneLink:
 
     def observe(self, observation: controller_pb2.Observation) -> None:
         """Sends an observation; the advice arrives later."""
+        self._asked = True
         self._post(lambda plane: self._advise(plane, observation), vital=True)
 
     def publish(self, topic: str, message: Message, key: str) -> None:
@@ -211,6 +213,11 @@ class PlaneLink:
         Args:
             timeout_s: How long to wait for the plane to take them; then they are given up.
         """
+        if self._failure is None and self._asked and self._answered_epoch < 0:
+            _log.warning(
+                "esper: the run ended before the plane's first advice, so nothing could grow; "
+                "use mode='lockstep' for short runs"
+            )
         self._closing = True
         self._work.put(None)
         self._thread.join(timeout_s if self._failure is None else 0.0)

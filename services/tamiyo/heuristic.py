@@ -37,6 +37,14 @@ _LIVE = frozenset(
         lifecycle_pb2.SEED_STATE_FINE_TUNING,
     }
 )
+_GONE = frozenset(
+    {
+        lifecycle_pb2.SEED_STATE_DORMANT,
+        lifecycle_pb2.SEED_STATE_CULLED,
+        lifecycle_pb2.SEED_STATE_CANCELLED,
+        lifecycle_pb2.SEED_STATE_ROLLED_BACK,
+    }
+)
 _HOLDING = _LIVE | {lifecycle_pb2.SEED_STATE_FOSSILIZED}
 
 
@@ -53,6 +61,8 @@ class HeuristicConfig:
         min_score_ratio: Least growth score over its null; 1 is what noise looks like.
         max_live: Most seeds under way at a time.
         max_slot_growth: Most parameters of a kernel over those of the slot with its grafts.
+        rest_epochs: Epochs that a seed rests after its graft was refused, times the number of
+            refusals: trials spend the run's significance, so none is repeated in a hurry.
     """
 
     first_epoch: int = 1
@@ -62,6 +72,7 @@ class HeuristicConfig:
     min_score_ratio: float = 1.5
     max_live: int = 2
     max_slot_growth: float = 1.0
+    rest_epochs: int = 8
 
 
 @dataclass(slots=True)
@@ -71,12 +82,14 @@ class RunState:
     Attributes:
         graph: The host's graph as last sent.
         planted: Parameters of the kernel last germinated in each seed, by (slot, seed).
+        refusals: How often a seed's graft was refused, and in which epoch last, by (slot, seed).
         last_germination: Epoch of the last germination, ``None`` before the first.
         num_decisions: Decisions taken so far, for their ids.
     """
 
     graph: signal_pb2.HostGraph | None = None
     planted: dict[tuple[str, int], int] = field(default_factory=dict)
+    refusals: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
     last_germination: int | None = None
     num_decisions: int = 0
 
@@ -130,6 +143,7 @@ class Heuristic:
         """
         if observation.HasField("host_graph"):
             state.graph = observation.host_graph
+        _note_refusals(observation, state)
         decisions = [
             self._decision(
                 observation,
@@ -217,6 +231,9 @@ class Heuristic:
         busy = {s.slot for s in observation.signals if s.state in _LIVE}
         for signal in observation.signals:
             if signal.state != _EMPTY or signal.slot in busy or signal.slot not in slots:
+                continue
+            count, last = state.refusals.get((signal.slot, signal.seed), (0, 0))
+            if observation.epoch - last < count * self._config.rest_epochs:
                 continue
             for score in signal.growth_scores:
                 if not score.HasField("null_score"):
@@ -319,6 +336,16 @@ class Heuristic:
             decision.slot, decision.seed = signal.slot, signal.seed
         state.num_decisions += 1
         return decision
+
+
+def _note_refusals(observation: controller_pb2.Observation, state: RunState) -> None:
+    """Notes the seeds that were planted and are empty again."""
+    for signal in observation.signals:
+        key = (signal.slot, signal.seed)
+        if key in state.planted and signal.state in _GONE:
+            del state.planted[key]
+            count, _ = state.refusals.get(key, (0, 0))
+            state.refusals[key] = (count + 1, observation.epoch)
 
 
 def _signature(

@@ -14,6 +14,7 @@ from esper.services.serving.context import CallContext
 from esper.services.serving.context import ServiceContext
 from esper.services.serving.errors import invalid
 from esper.services.serving.errors import not_found
+from esper.services.serving.errors import unavailable
 from esper.services.serving.errors import unimplemented
 from esper.services.tamiyo.heuristic import Heuristic
 from esper.services.tamiyo.heuristic import RunState
@@ -91,10 +92,12 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
 
     Args:
         policy: The policy in force.
+        stopping: Set when the server drains; streams of advice end then.
     """
 
-    def __init__(self, policy: Heuristic) -> None:
+    def __init__(self, policy: Heuristic, stopping: asyncio.Event) -> None:
         self._policy = policy
+        self._stopping = stopping
 
     async def Advise(
         self,
@@ -103,13 +106,25 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     ) -> AsyncIterator[controller_pb2.AdviseResponse]:
         """Answers every observation of the stream with one response."""
         state = RunState()
-        async for request in request_iterator:
-            observation = request.observation
-            check_observation(observation, state)
-            decisions = await asyncio.to_thread(self._policy.decide, observation, state)
-            yield controller_pb2.AdviseResponse(
-                run=observation.run, epoch=observation.epoch, decisions=decisions
-            )
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            while True:
+                arrival = asyncio.ensure_future(anext(request_iterator, None))
+                await asyncio.wait((arrival, stopping), return_when=asyncio.FIRST_COMPLETED)
+                if not arrival.done():  # a stream between two epochs must not hold the drain
+                    arrival.cancel()
+                    raise unavailable("the server is stopping")
+                request = arrival.result()
+                if request is None:
+                    return
+                observation = request.observation
+                check_observation(observation, state)
+                decisions = await asyncio.to_thread(self._policy.decide, observation, state)
+                yield controller_pb2.AdviseResponse(
+                    run=observation.run, epoch=observation.epoch, decisions=decisions
+                )
+        finally:
+            stopping.cancel()
 
     async def ListPolicies(
         self, request: controller_pb2.ListPoliciesRequest, context: CallContext
@@ -169,7 +184,7 @@ class TamiyoService:
     def __init__(self, context: ServiceContext) -> None:
         assert context.urza is not None, "the shell fills in where Urza is"
         self._library = _Library(context.urza)
-        self._servicer = ControllerServicer(Heuristic(self._library))
+        self._servicer = ControllerServicer(Heuristic(self._library), context.stopping)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the servicer."""

@@ -187,6 +187,30 @@ def test_the_interval_stretches_as_the_gap_grows() -> None:
     assert intervals[-1] == HeuristicConfig().max_interval_epochs
 
 
+def test_a_refused_seed_rests_and_rests_longer_each_time() -> None:
+    state, policy = RunState(), Heuristic(kernels)
+    scored = [signal("a", scores=[(INPUT, 9.0, 1.0)])]
+    germinated = [
+        epoch
+        for epoch in range(1, 60)
+        for decision in policy.decide(
+            controller_pb2.Observation(
+                run="r",
+                epoch=epoch,
+                num_epochs=90,
+                host_graph=graph(),
+                signals=scored,
+                train_loss=1.0,
+                held_out_loss=1.0,
+            ),
+            state,
+        )
+        if decision.action == controller_pb2.ACTION_GERMINATE
+    ]
+    # Seen empty an epoch after it was planted, it rests 8 epochs, then 16, then 24.
+    assert germinated == [1, 10, 27, 52]
+
+
 def test_a_seed_that_is_not_finite_is_culled() -> None:
     sick = observation([signal("a", 0, TRAINING, nonfinite=3), signal("b", 0, TRAINING)])
     decisions = Heuristic(kernels).decide(sick, RunState())
