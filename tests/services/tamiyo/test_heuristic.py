@@ -175,7 +175,8 @@ def test_the_interval_stretches_as_the_gap_grows() -> None:
         policy = Heuristic(kernels)
         policy.decide(observation(scored, 3, train_loss=1.0, held_out_loss=held_out), state)
         for epoch in range(4, 24):
-            seen = observation(scored, epoch, train_loss=1.0, held_out_loss=held_out)
+            others = [signal("a", 0, FOSSILIZED), signal("b", scores=[(INPUT, 4.0, 1.0)])]
+            seen = observation(others, epoch, train_loss=1.0, held_out_loss=held_out)
             if policy.decide(seen, state)[0].action == controller_pb2.ACTION_GERMINATE:
                 return epoch - 3
         return 99
