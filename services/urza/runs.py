@@ -197,12 +197,12 @@ class Runs:
                     num_events=str(run.num_events),
                 )
             rows = self._rows(row, key, sequence, run.num_events)
+        if not rows and sequence < run.num_events:
+            raise _lost(name)
         try:
-            if len(rows) == 0 and sequence < run.num_events:
-                raise KeyError(sequence)
             return [pb.RunEvent.FromString(content) for content in rows]
-        except (DecodeError, KeyError) as error:
-            raise data_loss(f"{name} has lost events; VerifyRun says which", name=name) from error
+        except DecodeError as error:
+            raise _lost(name) from error
 
     def verify(self, name: str) -> Iterator[pb.VerifyRunResponse | None]:
         """Recomputes the chain batch by batch; yields None between them and the outcome last.
@@ -269,10 +269,8 @@ class Runs:
             raise not_found(name)
         content = row.get(key, db=self._store.table("runs"))
         try:
-            if content is None:
-                raise KeyError(name)
-            return key, pb.Run.FromString(content)
-        except (DecodeError, KeyError) as error:
+            return key, pb.Run.FromString(content or b"\0")  # no message, as the record is missing
+        except DecodeError as error:
             raise data_loss(f"the record of {name} cannot be read", name=name) from error
 
     def _rows(self, row: Row, key: bytes, start: int, end: int) -> list[bytes]:
@@ -308,6 +306,10 @@ def _verified(content: bytes, previous: str, sequence: int) -> str | None:
 
 def _broken(sequence: int) -> pb.VerifyRunResponse:
     return pb.VerifyRunResponse(intact=False, num_events=sequence, first_broken=sequence)
+
+
+def _lost(name: str) -> ServiceError:
+    return data_loss(f"{name} has lost events; VerifyRun says which", name=name)
 
 
 def _unexpected(run: pb.Run, expected: int) -> ServiceError:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from esper.common.rpc import RpcError
 from esper.plane import connect
+from esper.services.serving.errors import ServiceError
 from esper.services.store.engine import Row
 from esper.services.store.engine import Store
 from esper.services.urza.library import TABLES as LIBRARY_TABLES
@@ -223,6 +224,42 @@ def test_a_history_cut_short_is_found(new_history: NewHistory) -> None:
     event.hash = reference_hash(event)
     history.edit("run_events", key, event.SerializeToString(deterministic=True))
     assert history.verify() == broken(2)
+
+
+def test_nothing_of_a_batch_is_stored_from_a_wrong_sequence_on(new_history: NewHistory) -> None:
+    history = new_history(numbered(2))
+
+    async def append(*sequences: int) -> tuple[run_pb2.Run, ServiceError | None]:
+        requests = [
+            run_pb2.AppendRunEventsRequest(expected_sequence=sequence) for sequence in sequences
+        ]
+        return await asyncio.wrap_future(history.runs.append(NAME, requests))
+
+    for sequences, stored in (((7, 2, 3), 2), ((2, 3, 7, 4), 4)):
+        run, problem = asyncio.run(append(*sequences))
+        assert problem is not None
+        assert problem.code is grpc.StatusCode.ABORTED
+        assert run == history.runs.get(NAME)
+        assert history.verify() == run_pb2.VerifyRunResponse(intact=True, num_events=stored)
+
+
+def test_what_cannot_be_read_is_data_loss(new_history: NewHistory) -> None:
+    history = new_history(numbered(3))
+    key, value = history.rows("run_events")[1]
+    for edited in (None, b"\xff"):
+        history.edit("run_events", key, edited)
+        with pytest.raises(ServiceError, match="has lost events") as caught:
+            for sequence in (0, 1):
+                history.runs.read(NAME, sequence)
+        assert caught.value.code is grpc.StatusCode.DATA_LOSS
+        history.edit("run_events", key, value)
+    assert len(history.runs.read(NAME, 0)) == 3
+    ((key, _),) = history.rows("runs")
+    for edited in (None, b"\xff"):
+        history.edit("runs", key, edited)
+        with pytest.raises(ServiceError, match="cannot be read") as caught:
+            history.runs.get(NAME)
+        assert caught.value.code is grpc.StatusCode.DATA_LOSS
 
 
 def value_of(event: run_pb2.RunEvent) -> int:
