@@ -1,62 +1,20 @@
 """Client of Oona: publish events and follow topics."""
 
 from collections.abc import Iterable
-from typing import Protocol
-from typing import Self
+from typing import TypeAlias
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 
+from esper.common.following import Following
 from esper.common.rpc import CALL_TIMEOUT_S
-from esper.common.rpc import decode_error
 from esper.common.rpc import readable_errors
 from esper.oona.v1 import event_pb2
 from esper.oona.v1 import event_pb2_grpc
 
-
-class _Responses(Protocol):
-    def __next__(self) -> event_pb2.SubscribeResponse: ...
-    def cancel(self) -> object: ...
-
-
-class Subscription:
-    """The events of one topic, in order, without end; made by `OonaClient.subscribe`.
-
-    Iterating blocks until the next event. `close` ends it, from any thread.
-    """
-
-    def __init__(self, call: _Responses) -> None:
-        self._call = call
-        self._closed = False
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> event_pb2.Event:
-        """Returns the next event.
-
-        Raises:
-            RpcError: UNAVAILABLE where the server went away: subscribe again from the next offset;
-                OUT_OF_RANGE where the topic does not hold the offset asked for.
-        """
-        try:
-            return next(self._call).event
-        except grpc.RpcError as error:
-            if self._closed:
-                raise StopIteration from None
-            raise decode_error(error) from error
-
-    def close(self) -> None:
-        """Ends the subscription; the iteration stops."""
-        self._closed = True
-        self._call.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+Subscription: TypeAlias = Following[event_pb2.SubscribeResponse, event_pb2.Event]
+"""The events of one topic, in order, without end."""
 
 
 class OonaClient:
@@ -130,7 +88,7 @@ class OonaClient:
         call = self._events.Subscribe(request)
         if start_offset is None:
             call.initial_metadata()  # comes once the server has noted the position
-        return Subscription(call)
+        return Subscription(call, lambda response: response.event)
 
     def list_topics(self) -> list[event_pb2.Topic]:
         """Returns every topic with its extent, by name."""

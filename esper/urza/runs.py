@@ -3,15 +3,14 @@
 import uuid
 from collections.abc import Iterable
 from collections.abc import Iterator
-from typing import Protocol
-from typing import Self
+from typing import TypeAlias
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 
+from esper.common.following import Following
 from esper.common.rpc import CALL_TIMEOUT_S
-from esper.common.rpc import decode_error
 from esper.common.rpc import readable_errors
 from esper.urza.v1 import run_pb2
 from esper.urza.v1 import run_pb2_grpc
@@ -19,48 +18,8 @@ from esper.urza.v1 import run_pb2_grpc
 PAGE_SIZE = 200
 
 
-class _Responses(Protocol):
-    def __next__(self) -> run_pb2.WatchRunResponse: ...
-    def cancel(self) -> object: ...
-
-
-class RunWatch:
-    """The events of one run, in order, without end; made by `RunClient.watch_run`.
-
-    Iterating blocks until the next event. `close` ends it, from any thread.
-    """
-
-    def __init__(self, call: _Responses) -> None:
-        self._call = call
-        self._closed = False
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> run_pb2.RunEvent:
-        """Returns the next event.
-
-        Raises:
-            RpcError: NOT_FOUND; OUT_OF_RANGE where the run has fewer events than were skipped;
-                UNAVAILABLE where the server went away: watch again from the next sequence number.
-        """
-        try:
-            return next(self._call).event
-        except grpc.RpcError as error:
-            if self._closed:
-                raise StopIteration from None
-            raise decode_error(error) from error
-
-    def close(self) -> None:
-        """Ends the watch; the iteration stops."""
-        self._closed = True
-        self._call.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+RunWatch: TypeAlias = Following[run_pb2.WatchRunResponse, run_pb2.RunEvent]
+"""The events of one run, in order, without end."""
 
 
 class RunClient:
@@ -154,7 +113,7 @@ class RunClient:
             start_sequence: First event wanted; the run's number of events waits for the next.
         """
         request = run_pb2.WatchRunRequest(name=name, start_sequence=start_sequence)
-        return RunWatch(self._runs.WatchRun(request))
+        return RunWatch(self._runs.WatchRun(request), lambda response: response.event)
 
     def verify_run(self, name: str, timeout_s: float = CALL_TIMEOUT_S) -> run_pb2.VerifyRunResponse:
         """Recomputes the hash chain of a run and returns whether, or where, it is broken.

@@ -1,11 +1,8 @@
 """The log itself: topics of numbered events, and who waits for more."""
 
-import asyncio
 import time
 from collections.abc import Callable
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -13,6 +10,7 @@ from esper.oona.v1 import event_pb2
 from esper.services.serving.errors import out_of_range
 from esper.services.store.engine import Row
 from esper.services.store.engine import Store
+from esper.services.store.followers import Followers
 from esper.services.store.requests import RequestTable
 from esper.services.store.requests import fingerprint
 
@@ -41,8 +39,7 @@ class EventLog:
         self._store = store
         self._now = now
         self._requests = RequestTable(store, "requests", REQUEST_CAPACITY)
-        self._loop = asyncio.get_running_loop()
-        self._followers: dict[str, set[asyncio.Event]] = {}
+        self.followers = Followers()
 
     def append(self, request: event_pb2.PublishRequest) -> "Future[int]":
         """Appends an event and returns the future of its offset, done once the event is durable.
@@ -74,7 +71,7 @@ class EventLog:
             return offset
 
         future = self._store.submit(work, request.ByteSize())
-        future.add_done_callback(lambda _: self._wake_from_thread(request.topic))
+        future.add_done_callback(lambda _: self.followers.wake(request.topic))
         return future
 
     def read(self, topic: str, offset: int) -> list[event_pb2.Event]:
@@ -119,27 +116,6 @@ class EventLog:
                 for name, value in row.cursor(db=self._store.table("topics"))
                 for first, following in [_decode_extent(value)]
             ]
-
-    @contextmanager
-    def following(self, topic: str) -> Iterator[asyncio.Event]:
-        """Gives an event that is set whenever the topic may have grown."""
-        news = asyncio.Event()
-        self._followers.setdefault(topic, set()).add(news)
-        try:
-            yield news
-        finally:
-            followers = self._followers[topic]
-            followers.discard(news)
-            if not followers:
-                del self._followers[topic]
-
-    def _wake_from_thread(self, topic: str) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._wake, topic)
-
-    def _wake(self, topic: str) -> None:
-        for news in self._followers.get(topic, ()):
-            news.set()
 
     def _extent(self, row: Row, topic: str) -> tuple[int, int]:
         value = row.get(topic.encode(), db=self._store.table("topics"))

@@ -80,7 +80,7 @@ class EventServicer(event_pb2_grpc.EventServiceServicer):
         await context.send_initial_metadata(())
         stopping = asyncio.create_task(self._stopping.wait())
         try:
-            with self._log.following(request.topic) as news:
+            with self._log.followers.following(request.topic) as news:
                 while not self._stopping.is_set():
                     news.clear()
                     events = await asyncio.to_thread(self._log.read, request.topic, offset)

@@ -107,7 +107,7 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
         sequence = request.start_sequence
         stopping = asyncio.create_task(self._stopping.wait())
         try:
-            with self._runs.following(request.name) as news:
+            with self._runs.followers.following(request.name) as news:
                 while not self._stopping.is_set():
                     news.clear()
                     events = await asyncio.to_thread(self._runs.read, request.name, sequence)

@@ -11,7 +11,6 @@ The hash of an event is the SHA-256 over, in this order:
 All integers are big-endian; those of the time are signed, in two's complement.
 """
 
-import asyncio
 import hashlib
 import struct
 import time
@@ -20,7 +19,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -35,6 +33,7 @@ from esper.services.serving.errors import not_found
 from esper.services.serving.errors import out_of_range
 from esper.services.store.engine import Row
 from esper.services.store.engine import Store
+from esper.services.store.followers import Followers
 from esper.services.store.paging import decode_token
 from esper.services.store.paging import encode_token
 from esper.services.store.paging import read_page
@@ -97,8 +96,7 @@ class Runs:
         self._store = store
         self._now = now
         self._requests = RequestTable(store, "requests", REQUEST_CAPACITY)
-        self._loop = asyncio.get_running_loop()
-        self._followers: dict[str, set[asyncio.Event]] = {}
+        self.followers = Followers()
 
     def create(self, request: pb.CreateRunRequest) -> "Future[pb.CreateRunResponse]":
         """Opens a run; one that exists fails the future with ALREADY_EXISTS."""
@@ -178,7 +176,7 @@ class Runs:
             return run, problem
 
         future = self._store.submit(work, sum(request.ByteSize() for request in requests))
-        future.add_done_callback(lambda _: self._wake_from_thread(name))
+        future.add_done_callback(lambda _: self.followers.wake(name))
         return future
 
     def read(self, name: str, sequence: int) -> list[pb.RunEvent]:
@@ -240,27 +238,6 @@ class Runs:
                 yield _broken(sequence)
                 return
             yield None
-
-    @contextmanager
-    def following(self, name: str) -> Iterator[asyncio.Event]:
-        """Gives an event that is set whenever the run may have grown."""
-        news = asyncio.Event()
-        self._followers.setdefault(name, set()).add(news)
-        try:
-            yield news
-        finally:
-            followers = self._followers[name]
-            followers.discard(news)
-            if not followers:
-                del self._followers[name]
-
-    def _wake_from_thread(self, name: str) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._wake, name)
-
-    def _wake(self, name: str) -> None:
-        for news in self._followers.get(name, ()):
-            news.set()
 
     def _load(self, row: Row, name: str) -> tuple[bytes, pb.Run]:
         """Returns the key and the record of a run."""
