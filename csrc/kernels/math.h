@@ -121,6 +121,28 @@ ESPER_HD T activate_grad(T x) {
   }
 }
 
+template <class T>
+struct Activated {
+  T value, grad;
+};
+
+// Both at once: GELU, SiLU and tanh share their costly part.
+template <Activation kKind, class T>
+ESPER_HD Activated<T> activate_with_grad(T x) {
+  if constexpr (kKind == Activation::kGelu) {
+    const T cdf = T(0.5) * (T(1) + erf_of(x * T(0.70710678118654752440)));
+    return {x * cdf, cdf + x * T(0.39894228040143267794) * exp_of(T(-0.5) * x * x)};
+  } else if constexpr (kKind == Activation::kSilu) {
+    const T s = T(1) / (T(1) + exp_of(-x));
+    return {x * s, s * (T(1) + x * (T(1) - s))};
+  } else if constexpr (kKind == Activation::kTanh) {
+    const T t = tanh_of(x);
+    return {t, T(1) - t * t};
+  } else {
+    return {activate<kKind>(x), activate_grad<kKind>(x)};
+  }
+}
+
 // The same with the activation known at run time only.
 template <class T>
 ESPER_HD T activate(Activation kind, T x) {

@@ -132,17 +132,18 @@ std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tenso
   return {y.to(h.scalar_type()), std::move(stats)};
 }
 
-// Sum over the workers, in their order, of one padded gradient; times alpha_bwd.
+// Sum over the workers, in their order, of one gradient whose element (i, j) lies at i * row + j * column;
+// times alpha_bwd.
 template <class T>
 at::Tensor reduce(const T* accumulators, std::int64_t stride, std::int64_t workers, std::int64_t rows,
-                  std::int64_t columns, std::int64_t columns_p, T alpha_bwd, const at::Tensor& param,
-                  at::ScalarType type) {
+                  std::int64_t columns, std::int64_t row, std::int64_t column, T alpha_bwd,
+                  const at::Tensor& param, at::ScalarType type) {
   auto grad = at::empty(param.sizes(), param.options().dtype(type));
   T* to = grad.template mutable_data_ptr<T>();
   for (std::int64_t i = 0; i < rows; ++i) {
     for (std::int64_t j = 0; j < columns; ++j) {
       T sum = 0;
-      for (std::int64_t w = 0; w < workers; ++w) sum += accumulators[w * stride + i * columns_p + j];
+      for (std::int64_t w = 0; w < workers; ++w) sum += accumulators[w * stride + i * row + j * column];
       to[i * columns + j] = alpha_bwd * sum;
     }
   }
@@ -209,10 +210,10 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
       } else if (!seed.trains) {
         dparams[index] = at::empty(param.sizes(), param.options()).zero_();
       } else {
-        const bool output = member == &SeedTensors<T>::B || member == &SeedTensors<T>::b;
+        const bool transposed = member == &SeedTensors<T>::A || member == &SeedTensors<T>::G;
         dparams[index] = reduce<T>(at_worker_0.*member, grad_stride, division.workers, rows, columns,
-                                   output ? seed.width_p : seed.rank_p, alpha, param,
-                                   call.compute_type);
+                                   transposed ? 1 : seed.width_p, transposed ? seed.source_p : 1, alpha,
+                                   param, call.compute_type);
       }
     });
   }

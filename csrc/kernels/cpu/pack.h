@@ -109,7 +109,7 @@ void pack(SlotJob<T>& job, const std::vector<SeedTensors<const T>>& tensors, boo
     const auto& shape = seed.shape;
     // Tiles of one block: two pre-activations, hidden, two gradients; g, dy and the source.
     job.scratch = std::max(job.scratch,
-                           kBlock * (5 * seed.rank_p + 2 * seed.width_p + shape.source_width));
+                           kBlock * (5 * seed.rank_p + 2 * seed.width_p + seed.source_p));
     if (backward) {
       GradLayout layout;
       const auto take = [&at](std::int64_t elements) {
@@ -119,21 +119,25 @@ void pack(SlotJob<T>& job, const std::vector<SeedTensors<const T>>& tensors, boo
       };
       const std::int64_t rows_B = shape.family == Family::kAffine ? 1 : shape.rank;
       if (seed.trains) {
-        layout.A = take(shape.source_width * seed.rank_p);
+        layout.A = take(shape.rank * seed.source_p);
         layout.a = take(seed.rank_p);
-        layout.G = take(shape.gated ? shape.source_width * seed.rank_p : 0);
+        layout.G = take(shape.gated ? shape.rank * seed.source_p : 0);
         layout.c = take(shape.gated ? seed.rank_p : 0);
         layout.B = take(rows_B * seed.width_p);
         layout.b = take(seed.width_p);
       }
       layout.end = at;
       job.grads.push_back(layout);
-    } else if (seed.scalars.alpha_fwd != 0.0f) {
+    }
+    const bool writes = backward ? seed.sends && shape.source == Source::kOutput &&
+                                       shape.family == Family::kBottleneck
+                                 : seed.scalars.alpha_fwd != 0.0f;
+    if (writes) {
       if (shape.offset > next_column) job.copied.push_back({next_column, shape.offset});
       next_column = shape.offset + shape.width;
     }
   }
-  if (!backward && next_column < job.width) job.copied.push_back({next_column, job.width});
+  if (next_column < job.width) job.copied.push_back({next_column, job.width});
 }
 
 }  // namespace esper::cpu

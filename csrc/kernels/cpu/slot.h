@@ -34,7 +34,8 @@ struct PackedSeed {
   bool sends = false;                   // backward: sends to its source
 };
 
-// Where the padded gradients of a seed lie in a worker's accumulator, in elements.
+// Where the padded gradients of a seed lie in a worker's accumulator, in elements. Those of A and G are
+// transposed, [r, source_p].
 struct GradLayout {
   std::int64_t A = 0, a = 0, G = 0, c = 0, B = 0, b = 0, end = 0;
 };
@@ -50,7 +51,7 @@ struct SlotJob {
   const T* x = nullptr;  // [tokens, input_width]
   std::vector<PackedSeed<T>> seeds;
   std::vector<GradLayout> grads;  // per seed; backward only
-  std::vector<Columns> copied;    // forward: columns of h that no seed changes
+  std::vector<Columns> copied;    // columns of h (backward: of dy) that no seed writes to y (to dh)
   std::int64_t scratch = 0;       // elements that one worker needs
   bool telemetry = false;
   T* y = nullptr;         // forward: [tokens, width]
