@@ -129,6 +129,7 @@ class PlaneLink:
         )
         self._responses: Iterator[controller_pb2.AdviseResponse] | None = None
         self._plane: Plane | None = None
+        self._num_recorded = 0
         self._compiled: set[bytes] = set()
         self._deployed: set[str] = set()
         self._arrived = threading.Condition()
@@ -167,6 +168,17 @@ class PlaneLink:
             plane.oona.publish(topic, message, key=key)
 
         self._post(publish, outlives_run=True)
+
+    def record(self, run: str, message: Message) -> None:
+        """Appends an event to the run's hash-chained history, which is opened with the first."""
+
+        def append(plane: Plane) -> None:
+            if self._num_recorded == 0:
+                plane.urza.runs.create_run(run)
+            plane.urza.runs.append_run_events(f"runs/{run}", [message], self._num_recorded)
+            self._num_recorded += 1
+
+        self._post(append, outlives_run=True)
 
     def report(self, report: library_pb2.FieldReport) -> None:
         """Tells Urza what became of a kernel."""

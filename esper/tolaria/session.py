@@ -85,6 +85,7 @@ class Session:
         config: Everything else; ``None`` means the defaults.
 
     Attributes:
+        run: Id of the run; Urza keeps its history, hash-chained, as ``runs/{run}``.
         history: Lifecycle events and one record per epoch.
         cost: Floating-point operations spent so far, by category.
 
@@ -255,7 +256,9 @@ class Session:
             reason=transition.reason,
         )
         self.history.events.append(event)
-        self._link.publish("system.events.lifecycle", event.to_proto(self.run), key=self.run)
+        message = event.to_proto(self.run)
+        self._link.publish("system.events.lifecycle", message, key=self.run)
+        self._link.record(self.run, message)
         if transition.after in _VERDICTS and transition.before is not State.DORMANT:
             self._report(transition)
 
@@ -329,7 +332,9 @@ class Session:
             observation.host_graph.CopyFrom(graph)
             self._graph_digest_sent = graph.digest
         self._link.observe(observation)
-        self._link.publish("system.events.epoch", record.to_proto(self.run), key=self.run)
+        message = record.to_proto(self.run)
+        self._link.publish("system.events.epoch", message, key=self.run)
+        self._link.record(self.run, message)
         if self._mode == "lockstep":
             advice = self._link.wait(self._epoch, self._config.lockstep_timeout_s)
         else:

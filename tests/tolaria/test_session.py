@@ -23,6 +23,7 @@ from esper.kasmina import MorphableModel
 from esper.kasmina import Transition
 from esper.oona.v1 import event_pb2
 from esper.plane import EmbeddedPlane
+from esper.plane import connect
 from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria import History
 from esper.tolaria import Session
@@ -101,6 +102,22 @@ def test_a_chosen_kernel_is_trained_grafted_and_kept(plane: str) -> None:
     with esper.plane.connect(plane) as client:
         reports = list(client.urza.list_field_reports(f"kernels/{kernel}"))
     assert any(report.run == session.run and report.gain > 0 for report in reports)
+
+
+def test_urza_keeps_the_history_and_proves_it(plane: str) -> None:
+    _, _, session = _grow(plane)
+    name = f"runs/{session.run}"
+    expected = len(session.history.events) + len(session.history.epochs)
+    with connect(plane) as client:
+        verdict = client.urza.runs.verify_run(name)
+        assert (verdict.intact, verdict.num_events) == (True, expected)
+        moves = []
+        with client.urza.runs.watch_run(name) as events:
+            for _ in range(expected):
+                move = event_pb2.LifecycleEvent()
+                if next(events).body.Unpack(move):
+                    moves.append((move.step, move.slot, move.seed, move.to))
+    assert moves == [(e.step, e.slot, e.seed, e.after) for e in session.history.events]
 
 
 def test_equal_runs_in_lockstep_are_equal_to_the_bit() -> None:
