@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from esper.kasmina.modes import evaluating
 from esper.kasmina.outputs import find_tensor
 
 
@@ -47,15 +48,10 @@ class Original:
             ``max_abs_difference``, ``max_rel_difference`` (over the largest magnitude of the
             copy's output) and ``cosine`` of the two outputs.
         """
-        modes = {module: module.training for module in model.modules()}
         with torch.random.fork_rng(), torch.no_grad():
             state = torch.get_rng_state()
-            try:
-                model.eval()
+            with evaluating(model):
                 now = _first(model(*inputs))
-            finally:
-                for module, training in modes.items():
-                    module.training = training
             torch.set_rng_state(state)
             before = _first(self._host.eval()(*inputs))
         difference = float((now - before).abs().max())

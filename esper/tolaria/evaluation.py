@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from esper.kasmina.modes import evaluating
+
 Batch = object
 SampleLoss = Callable[[nn.Module, Batch], Tensor]
 """Maps (model, batch) to the losses of the batch's samples, shape [samples]."""
@@ -36,22 +38,16 @@ def sample_losses(model: nn.Module, batches: Iterable[Batch], loss: SampleLoss) 
     Raises:
         ValueError: If ``loss`` does not return one loss per sample, or there is no sample.
     """
-    modes = {module: module.training for module in model.modules()}
     losses: list[Tensor] = []
-    with torch.random.fork_rng(), torch.no_grad():
-        model.eval()
-        try:
-            for batch in batches:
-                values = loss(model, batch)
-                if values.dim() != 1:
-                    raise ValueError(
-                        f"loss returned shape {tuple(values.shape)}, but it must return one loss "
-                        "per sample, shape [samples] (use reduction='none')"
-                    )
-                losses.append(values.double().cpu())
-        finally:
-            for module, training in modes.items():
-                module.training = training
+    with torch.random.fork_rng(), evaluating(model):
+        for batch in batches:
+            values = loss(model, batch)
+            if values.dim() != 1:
+                raise ValueError(
+                    f"loss returned shape {tuple(values.shape)}, but it must return one loss "
+                    "per sample, shape [samples] (use reduction='none')"
+                )
+            losses.append(values.double().cpu())
     if not losses or sum(len(values) for values in losses) == 0:
         raise ValueError("held_out has 0 samples, but the accept test needs at least 2")
     return torch.cat(losses)

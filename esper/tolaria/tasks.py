@@ -14,6 +14,8 @@ from torch import Tensor
 from torch import nn
 from torch.nn import functional
 
+from esper.kasmina.modes import evaluating
+
 LabelledBatch = tuple[Tensor, Tensor]
 """Inputs, shape [samples, ...], and class numbers, shape [samples]."""
 
@@ -111,16 +113,10 @@ class Task:
             model: Maps inputs to class scores, shape [samples, classes].
             split: The samples; at least one.
         """
-        modes = {module: module.training for module in model.modules()}
         correct = 0
-        try:
-            model.eval()
-            with torch.no_grad():
-                for inputs, targets in split.batches(self.batch_size):
-                    correct += int((model(inputs).argmax(dim=-1) == targets).sum())
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        with evaluating(model):
+            for inputs, targets in split.batches(self.batch_size):
+                correct += int((model(inputs).argmax(dim=-1) == targets).sum())
         return correct / len(split)
 
 
