@@ -12,6 +12,8 @@ from typing import cast
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc  # noqa: E402
+from google.protobuf.any_pb2 import Any as AnyMessage  # noqa: E402
+from google.protobuf.message import Message  # noqa: E402
 from google.rpc import error_details_pb2  # noqa: E402
 from grpc_status import rpc_status  # noqa: E402
 
@@ -97,3 +99,12 @@ def readable_errors() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise decode_error(error) from error
+
+
+def packed(message: Message) -> AnyMessage:
+    """Returns a message as the body of an event: packed into an Any unless it is one."""
+    if isinstance(message, AnyMessage):
+        return message
+    body = AnyMessage()
+    body.Pack(message)
+    return body

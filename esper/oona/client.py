@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 
 from esper.common.following import Following
 from esper.common.rpc import CALL_TIMEOUT_S
+from esper.common.rpc import packed
 from esper.common.rpc import readable_errors
 from esper.oona.v1 import event_pb2
 from esper.oona.v1 import event_pb2_grpc
@@ -47,7 +47,7 @@ class OonaClient:
             timeout_s: Deadline, in seconds.
         """
         request = event_pb2.PublishRequest(
-            topic=topic, key=key, body=_packed(message), request_id=request_id
+            topic=topic, key=key, body=packed(message), request_id=request_id
         )
         return self._publish([request], timeout_s)[0]
 
@@ -67,7 +67,7 @@ class OonaClient:
             timeout_s: Deadline of the whole, in seconds.
         """
         requests = [
-            event_pb2.PublishRequest(topic=topic, key=key, body=_packed(message))
+            event_pb2.PublishRequest(topic=topic, key=key, body=packed(message))
             for message in messages
         ]
         return self._publish(requests, timeout_s)
@@ -95,11 +95,3 @@ class OonaClient:
         with readable_errors():
             request = event_pb2.ListTopicsRequest()
             return list(self._events.ListTopics(request, timeout=CALL_TIMEOUT_S).topics)
-
-
-def _packed(message: Message) -> AnyMessage:
-    if isinstance(message, AnyMessage):
-        return message
-    body = AnyMessage()
-    body.Pack(message)
-    return body

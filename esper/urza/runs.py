@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 
 from esper.common.following import Following
 from esper.common.rpc import CALL_TIMEOUT_S
+from esper.common.rpc import packed
 from esper.common.rpc import readable_errors
 from esper.urza.v1 import run_pb2
 from esper.urza.v1 import run_pb2_grpc
@@ -79,7 +79,7 @@ class RunClient:
             request = run_pb2.AppendRunEventsRequest(
                 run="" if number else name,
                 expected_sequence=expected_sequence + number,
-                body=_packed(message),
+                body=packed(message),
             )
             request.event_time.GetCurrentTime()
             requests.append(request)
@@ -125,11 +125,3 @@ class RunClient:
         request = run_pb2.VerifyRunRequest(name=name)
         with readable_errors():
             return self._runs.VerifyRun(request, timeout=timeout_s)
-
-
-def _packed(message: Message) -> AnyMessage:
-    if isinstance(message, AnyMessage):
-        return message
-    body = AnyMessage()
-    body.Pack(message)
-    return body
