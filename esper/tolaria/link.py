@@ -146,13 +146,11 @@ class PlaneLink:
 
     def compile(self, signatures: Sequence[kernel_pb2.KernelSignature]) -> None:
         """Asks Tezzeret for a kernel of every candidate for every place not yet served."""
-        wanted = [
-            signature
-            for signature in signatures
-            if signature.SerializeToString(deterministic=True) not in self._compiled
-        ]
-        self._compiled.update(s.SerializeToString(deterministic=True) for s in wanted)
-        for signature in wanted:
+        for signature in signatures:
+            place = signature.SerializeToString(deterministic=True)
+            if place in self._compiled:  # seeds of equal chunks share their kernels
+                continue
+            self._compiled.add(place)
             for candidate in self._candidates:
                 self._post(_compile_candidate(candidate, signature))
 
