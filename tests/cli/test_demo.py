@@ -1,5 +1,6 @@
 """`esper demo` in real processes: what it writes, that it repeats, that no plane can stop it."""
 
+import contextlib
 import json
 import os
 import re
@@ -38,7 +39,11 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
 def children(process: subprocess.Popen[str]) -> list[int]:
     """Children of all threads of a process."""
     tasks = Path(f"/proc/{process.pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    found = []
+    for task in tasks:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread may just end
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return found
 
 
 def report(out: Path) -> dict[str, list[dict[str, str | int | float]]]:
