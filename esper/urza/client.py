@@ -98,8 +98,13 @@ class UrzaClient:
         request = blob_pb2.ReadBlobRequest(digest=digest)
         with readable_errors():
             answers = self._blobs.ReadBlob(request, timeout=_transfer_timeout_s(digest.size_bytes))
-            data = b"".join(answer.data for answer in answers)
-        if digest_of(data) != digest:
+            hasher = hashlib.sha256()
+            chunks = []
+            for answer in answers:  # each is hashed while the next one comes
+                hasher.update(answer.data)
+                chunks.append(answer.data)
+        data = b"".join(chunks)
+        if (hasher.hexdigest(), len(data)) != (digest.hash, digest.size_bytes):
             raise RpcError(
                 grpc.StatusCode.DATA_LOSS, f"blob {digest.hash} came with other bytes than its own"
             )

@@ -2,6 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import grpc
 
@@ -30,6 +33,8 @@ from esper.urza.v1 import library_pb2_grpc
 from esper.urza.v1 import run_pb2_grpc
 
 SCHEMA_VERSION = 1
+
+T = TypeVar("T")
 
 # The methods are documented in proto/esper/urza/v1.
 # ruff: noqa: D102, N802
@@ -62,17 +67,22 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
         if upload is None:
             return blob_pb2.WriteBlobResponse(committed_size=digest.size_bytes)
         finished = False
+        # One chunk is hashed and written while the next one is on its way.
+        received = first.write_offset + len(first.data)
+        writing = _in_thread(partial(upload.write, first.write_offset, first.data))
         try:
-            await asyncio.to_thread(upload.write, first.write_offset, first.data)
-            while not upload.complete:
+            while received < digest.size_bytes:
                 request = await anext(aiter(request_iterator), None)
+                await writing
                 if request is None:
                     break
                 if self._blobs.contains(digest):  # another writer was faster
                     finished = True
                     await asyncio.to_thread(upload.drop)
                     return blob_pb2.WriteBlobResponse(committed_size=digest.size_bytes)
-                await asyncio.to_thread(upload.write, request.write_offset, request.data)
+                received += len(request.data)
+                writing = _in_thread(partial(upload.write, request.write_offset, request.data))
+            await writing
             if upload.complete:
                 durable = await asyncio.to_thread(upload.finish)
                 finished = True
@@ -90,7 +100,10 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
     ) -> AsyncIterator[blob_pb2.ReadBlobResponse]:
         require(validate.read_blob(request))
         chunks = self._blobs.read(request.digest, request.read_offset, request.read_limit)
-        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+        # One chunk is read and hashed while the one before is on its way.
+        reading = _in_thread(partial(next, chunks, None))
+        while (chunk := await reading) is not None:
+            reading = _in_thread(partial(next, chunks, None))
             yield blob_pb2.ReadBlobResponse(data=chunk)
 
     async def FindMissingBlobs(
@@ -106,6 +119,10 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
         require(check_digest("digest", request.digest))
         committed, complete = self._blobs.committed(request.digest)
         return blob_pb2.QueryWriteResponse(committed_size=committed, complete=complete)
+
+
+def _in_thread(work: Callable[[], T]) -> "asyncio.Task[T]":
+    return asyncio.create_task(asyncio.to_thread(work))
 
 
 def _abandon(opening: "asyncio.Future[Upload | None]") -> None:
