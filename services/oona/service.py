@@ -100,6 +100,11 @@ class EventServicer(event_pb2_grpc.EventServiceServicer):
     ) -> event_pb2.AcknowledgeResponse:
         raise unimplemented("esper.oona.v1.EventService/Acknowledge")
 
+    async def SetRetention(
+        self, request: event_pb2.SetRetentionRequest, context: CallContext
+    ) -> event_pb2.SetRetentionResponse:
+        raise unimplemented("esper.oona.v1.EventService/SetRetention")
+
     async def ListTopics(
         self, request: event_pb2.ListTopicsRequest, context: CallContext
     ) -> event_pb2.ListTopicsResponse:

@@ -200,6 +200,11 @@ class LibraryServicer(library_pb2_grpc.LibraryServiceServicer):
         require(validate.update_kernel_state(request))
         return await asyncio.wrap_future(self._library.update_kernel_state(request))
 
+    async def RecordMeasurement(
+        self, request: library_pb2.RecordMeasurementRequest, context: CallContext
+    ) -> library_pb2.RecordMeasurementResponse:
+        raise unimplemented("esper.urza.v1.LibraryService/RecordMeasurement")
+
     async def RecordFieldReport(
         self, request: library_pb2.RecordFieldReportRequest, context: CallContext
     ) -> library_pb2.RecordFieldReportResponse:
