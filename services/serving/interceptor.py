@@ -60,6 +60,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Health checks and reflection have no errors of ours and would fill the log.
         if handler is None or not method.startswith(OWN_PREFIX):
             return handler
+        wrapped = self._wrap(method, handler)
+        self._wrapped[method] = wrapped
+        return wrapped
+
+    def _wrap(
+        self, method: str, handler: "grpc.RpcMethodHandler[Q, R]"
+    ) -> "grpc.RpcMethodHandler[Q, R]":
         # The casts: the type stubs know handlers of synchronous servers only.
         wrap: Callable[..., grpc.RpcMethodHandler[Q, R]]
         behaviour: object
@@ -76,9 +83,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         else:
             wrap = grpc.stream_stream_rpc_method_handler
             behaviour = self._stream(method, cast(StreamBehaviour, handler.stream_stream))
-        wrapped = wrap(behaviour, handler.request_deserializer, handler.response_serializer)
-        self._wrapped[method] = wrapped
-        return wrapped
+        return wrap(behaviour, handler.request_deserializer, handler.response_serializer)
 
     def _unary(
         self, method: str, behaviour: "UnaryBehaviour", default_deadline_s: float | None
