@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from esper.tolaria import tasks
+from esper.tolaria.trainer import train_epoch
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,14 @@ def test_accuracy_counts_right_answers_in_eval_mode(digits: tasks.Task) -> None:
     assert model.training
 
 
-def test_unknown_task_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="task is 'mnist', but it must be one of digits"):
-        tasks.get("mnist")
-    assert tasks.names() == ("digits",)
+def test_the_convolutional_host_has_the_same_data_and_learns() -> None:
+    task = tasks.get("digits-cnn")
+    assert torch.equal(task.test.inputs, tasks.get("digits").test.inputs)
+    model = task.host(seed=0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for epoch in range(3):
+        train_epoch(model, optimizer, task.train_batches(0, epoch), task.loss)
+    assert task.accuracy(model, task.validation) > 0.7
+    # Hidden channels of two blocks of 16 channels: two 1 x 1 convolutions and a bias for each.
+    sizes = [sum(p.numel() for p in task.host(0, size).parameters()) for size in (4, 5)]
+    assert sizes[1] - sizes[0] == 2 * (2 * 16 + 1)
