@@ -83,7 +83,8 @@ class TransformerBlock(nn.Module):
         query, key, value = mixed.permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.mlp_norm(x))
+        widened: Tensor = x + self.mlp(self.mlp_norm(x))
+        return widened
 
 
 def text() -> Task:
