@@ -18,6 +18,7 @@ from esper.plane.v1 import plane_pb2
 from esper.plane.v1 import plane_pb2_grpc
 from esper.tamiyo.client import TamiyoClient
 from esper.tezzeret.client import TezzeretClient
+from esper.urza.cache import BlobCache
 from esper.urza.client import UrzaClient
 
 SERVICES = ("urza", "tezzeret", "tamiyo", "oona")
@@ -35,12 +36,14 @@ class Plane:
         addresses: Mapping[str, str],
         channels: Mapping[str, grpc.Channel],
         infos: Mapping[str, plane_pb2.GetPlaneInfoResponse],
+        cache: BlobCache | None = None,
     ) -> None:
         self.addresses = dict(addresses)
         """Address of each service's server."""
         self.infos = dict(infos)
         """What each server said of itself, by address."""
         self._channels = dict(channels)
+        self._cache = cache
 
     @property
     def info(self) -> plane_pb2.GetPlaneInfoResponse:
@@ -65,7 +68,7 @@ class Plane:
     @cached_property
     def urza(self) -> UrzaClient:
         """The library and the blobs."""
-        return UrzaClient(self.channel("urza"))
+        return UrzaClient(self.channel("urza"), self._cache)
 
     @cached_property
     def oona(self) -> OonaClient:
@@ -116,13 +119,16 @@ class Plane:
         self.close()
 
 
-def connect(address: str | Mapping[str, str], timeout_s: float = 5.0) -> Plane:
+def connect(
+    address: str | Mapping[str, str], timeout_s: float = 5.0, cache: BlobCache | None = None
+) -> Plane:
     """Connects to a plane and makes sure that it speaks this client's protocol.
 
     Args:
         address: `unix:PATH` or `HOST:PORT` of a server with all services, or the address of each
             service by name (`urza`, `tezzeret`, `tamiyo`, `oona`; at least one).
         timeout_s: How long to wait for each server to answer, in seconds.
+        cache: Where blobs that were read are kept for the next time; None keeps none.
 
     Raises:
         ValueError: For an address or a service name that makes no sense.
@@ -140,7 +146,7 @@ def connect(address: str | Mapping[str, str], timeout_s: float = 5.0) -> Plane:
         for channel in channels.values():
             channel.close()
         raise
-    return Plane(addresses, channels, infos)
+    return Plane(addresses, channels, infos, cache)
 
 
 def _addresses(address: str | Mapping[str, str]) -> dict[str, str]:

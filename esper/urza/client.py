@@ -15,6 +15,7 @@ from esper.common.rpc import readable_errors
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import digest_pb2
 from esper.common.v1 import kernel_pb2
+from esper.urza.cache import BlobCache
 from esper.urza.runs import RunClient
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import blob_pb2_grpc
@@ -50,13 +51,15 @@ class UrzaClient:
 
     Args:
         channel: An open channel to a server of Urza.
+        cache: Answers `read_blob` for what was read before; None reads from the server always.
 
     Attributes:
         runs: The client of the server's runs.
     """
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, cache: BlobCache | None = None) -> None:
         self.runs = RunClient(channel)
+        self._cache = cache
         self._blobs = blob_pb2_grpc.BlobServiceStub(channel)
         self._library = library_pb2_grpc.LibraryServiceStub(channel)
 
@@ -90,11 +93,20 @@ class UrzaClient:
         return answer.committed_size
 
     def read_blob(self, digest: digest_pb2.Digest) -> bytes:
-        """Returns the bytes of a blob.
+        """Returns the bytes of a blob, from the cache where they are there.
 
         Raises:
             RpcError: NOT_FOUND; DATA_LOSS where what came is not what the digest says.
         """
+        if self._cache is None:
+            return self._fetch(digest)
+        data = self._cache.get(digest)
+        if data is None:
+            data = self._fetch(digest)
+            self._cache.put(digest, data)
+        return data
+
+    def _fetch(self, digest: digest_pb2.Digest) -> bytes:
         request = blob_pb2.ReadBlobRequest(digest=digest)
         with readable_errors():
             answers = self._blobs.ReadBlob(request, timeout=_transfer_timeout_s(digest.size_bytes))
