@@ -115,7 +115,7 @@ class EsperConfig:
             share. Above 0 and below 1.
         telemetry_interval: Every how many training forwards telemetry is sampled.
         lockstep_timeout_s: Longest wait for the plane in ``lockstep`` mode, in seconds; a plane
-            that is slower counts as dead.
+            that is slower, or away for longer, counts as dead.
     """
 
     candidates: tuple[Candidate, ...] = (

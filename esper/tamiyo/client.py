@@ -22,19 +22,21 @@ class TamiyoClient:
         self._stub = controller_pb2_grpc.ControllerServiceStub(channel)
 
     def advise(
-        self, observations: Iterable[controller_pb2.Observation]
+        self, observations: Iterable[controller_pb2.Observation], memory: bytes = b""
     ) -> Iterator[controller_pb2.AdviseResponse]:
         """Streams observations and yields exactly one response for each, in order.
 
         Args:
             observations: Read as they come, from a thread of the channel; the stream ends with
                 them.
+            memory: That of the last response to the run, where it came on a stream that has ended.
 
         Raises:
             RpcError: If the stream breaks.
         """
         requests = (
-            controller_pb2.AdviseRequest(observation=observation) for observation in observations
+            controller_pb2.AdviseRequest(observation=observation, memory=b"" if number else memory)
+            for number, observation in enumerate(observations)
         )
         with readable_errors():
             yield from self._stub.Advise(requests)

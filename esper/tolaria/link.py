@@ -2,17 +2,23 @@
 
 One thread owns the channel. The training thread posts work (observations, events, reports) and
 takes what has arrived. Any failure of the plane ends the link with one warning; the run goes on
-without new growth.
+without new growth. A patient link first waits for the plane to come back, and then tells it
+whatever it needs to go on: everything that is sent may be sent twice without a second effect.
 """
 
+import contextlib
+import hashlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
+from functools import partial
 
 import grpc
 from google.protobuf.message import Message
@@ -24,6 +30,7 @@ from esper.blueprints.init import weights_from_bytes
 from esper.common.rpc import RpcError
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
+from esper.common.v1 import signal_pb2
 from esper.config import Candidate
 from esper.plane import EmbeddedPlane
 from esper.plane import Plane
@@ -34,6 +41,7 @@ from esper.plane.connection import SERVICES
 from esper.plane.embedded import STOP_TIMEOUT_S
 from esper.tamiyo.v1 import controller_pb2
 from esper.tezzeret.client import CompileError
+from esper.tolaria.recording import RunRecorder
 from esper.urza.v1 import library_pb2
 
 _log = logging.getLogger("esper")
@@ -54,6 +62,17 @@ _REFUSALS = frozenset(
     }
 )
 
+# It may come back from these; everything else will be the same next time.
+_LOST = frozenset(
+    {
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.UNKNOWN,
+    }
+)
+_RETRY_PAUSE_S = 0.2
+
 
 @dataclass(frozen=True, slots=True)
 class Advice:
@@ -68,6 +87,21 @@ class Advice:
     decision: controller_pb2.Decision
     kernel: kernel_pb2.Kernel | None = None
     weights: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinkState:
+    """What a link must know to go on where another ended.
+
+    Attributes:
+        memory: What the policy remembers of the run.
+        pending: Advice that had arrived and was not taken.
+        records: The run's history as told to Urza, each event as a serialized Any.
+    """
+
+    memory: bytes = b""
+    pending: Sequence[Advice] = ()
+    records: Sequence[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,24 +150,40 @@ class PlaneLink:
     Args:
         plane: Address of a plane (or one per service), or ``None`` to start an embedded one.
         candidates: Blueprints for which kernels are compiled.
+        run: Id of the run.
+        patience_s: How long to wait for a plane that has been there and is away.
+        state: Where another link of the run ended.
     """
 
-    def __init__(self, plane: Address | None, candidates: Sequence[Candidate]) -> None:
+    def __init__(
+        self,
+        plane: Address | None,
+        candidates: Sequence[Candidate],
+        run: str,
+        *,
+        patience_s: float = 0.0,
+        state: LinkState | None = None,
+    ) -> None:
+        state = state if state is not None else LinkState()
         self._address = plane
         self._candidates = tuple(candidates)
+        self._run_id = run
+        self._patience_s = patience_s
+        self._away_since_s: float | None = None
+        self._memory = state.memory
+        self._recorder = RunRecorder(run, state.records)
+        self._unfinished: _Work | None = None  # what was done when the plane went away
         self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._closing = False
         self._asked = False
-        self._observations: queue.SimpleQueue[controller_pb2.Observation | None] = (
-            queue.SimpleQueue()
-        )
+        self._observations: queue.SimpleQueue[controller_pb2.Observation | None]
         self._responses: Iterator[controller_pb2.AdviseResponse] | None = None
+        self._graph: signal_pb2.HostGraph | None = None
         self._plane: Plane | None = None
-        self._num_recorded = 0
-        self._compiled: set[bytes] = set()
+        self._compiled: dict[bytes, kernel_pb2.KernelSignature] = {}
         self._deployed: set[str] = set()
         self._arrived = threading.Condition()
-        self._advice: list[Advice] = []
+        self._advice: list[Advice] = list(state.pending)
         self._answered_epoch = -1
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="esper-plane-link", daemon=True)
@@ -150,39 +200,34 @@ class PlaneLink:
             place = signature.SerializeToString(deterministic=True)
             if place in self._compiled:  # seeds of equal chunks share their kernels
                 continue
-            self._compiled.add(place)
-            for candidate in self._candidates:
-                self._post(_compile_candidate(candidate, signature))
+            self._compiled[place] = signature
+            self._post(partial(self._compile, signature))
 
     def observe(self, observation: controller_pb2.Observation) -> None:
         """Sends an observation; the advice arrives later."""
         self._asked = True
         self._post(lambda plane: self._advise(plane, observation), vital=True)
 
-    def publish(self, topic: str, message: Message, key: str) -> None:
-        """Appends an event to a topic of Oona."""
+    def publish(self, topic: str, message: Message) -> None:
+        """Appends an event to a topic of Oona, under the run's key."""
+        request_id = _request_id(message, len(self._recorder))
 
         def publish(plane: Plane) -> None:
-            plane.oona.publish(topic, message, key=key)
+            plane.oona.publish(topic, message, key=self._run_id, request_id=request_id)
 
         self._post(publish, outlives_run=True)
 
-    def record(self, run: str, message: Message) -> None:
+    def record(self, message: Message) -> None:
         """Appends an event to the run's hash-chained history, which is opened with the first."""
-
-        def append(plane: Plane) -> None:
-            if self._num_recorded == 0:
-                plane.urza.runs.create_run(run)
-            plane.urza.runs.append_run_events(f"runs/{run}", [message], self._num_recorded)
-            self._num_recorded += 1
-
-        self._post(append, outlives_run=True)
+        self._recorder.add(message)
+        self._post(lambda plane: self._recorder.flush(plane.urza.runs), outlives_run=True)
 
     def report(self, report: library_pb2.FieldReport) -> None:
         """Tells Urza what became of a kernel."""
+        request_id = _request_id(report, len(self._recorder))
 
         def record(plane: Plane) -> None:
-            plane.urza.record_field_report(report)
+            plane.urza.record_field_report(report, request_id)
 
         self._post(record, outlives_run=True)
 
@@ -216,6 +261,11 @@ class PlaneLink:
         if not answered:
             self._fail(f"it did not answer within {timeout_s:g} s")
         return self.take()
+
+    def state(self) -> LinkState:
+        """Returns what another link needs to go on from here."""
+        with self._arrived:
+            return LinkState(self._memory, tuple(self._advice), self._recorder.messages)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Sends the events and reports that are left and ends the thread (and embedded plane).
@@ -253,24 +303,57 @@ class PlaneLink:
 
     def _run(self) -> None:
         try:
-            if self._address is None:
-                with EmbeddedPlane() as embedded, connect(embedded.address) as plane:
-                    self._serve(plane)
-            else:
-                with connect(self._address) as plane:
-                    self._serve(plane)
+            while not self._serve_one_connection():
+                time.sleep(_RETRY_PAUSE_S)
         except (PlaneError, RpcError) as error:
             self._fail(str(error))
         except Exception as error:  # a bug of ours must not hang or end the user's run either
             _log.exception("esper: the link to the plane failed")
             self._fail(f"internal fault: {error!r}")
 
-    def _serve(self, plane: Plane) -> None:
-        self._plane = plane
+    def _serve_one_connection(self) -> bool:
+        """Returns whether all is done; if not, the plane is away and may come back."""
         try:
-            while (work := self._work.get()) is not None and self._failure is None:
+            with contextlib.ExitStack() as stack:
+                address = self._address
+                if address is None:
+                    address = stack.enter_context(EmbeddedPlane()).address
+                plane = stack.enter_context(connect(address))
+                reconnected, self._plane = self._plane is not None, plane
+                if reconnected:  # it may be another one, with an empty library
+                    for signature in list(self._compiled.values()):
+                        self._compile(signature, plane)
+                self._serve(plane)
+        except (PlaneError, RpcError) as error:
+            if not self._may_come_back(error):
+                raise
+            self._recorder.disconnect()
+            _log.info("esper: the plane is away (%s); waiting for it", error)
+            return False
+        return True
+
+    def _may_come_back(self, error: PlaneError | RpcError) -> bool:
+        if self._plane is None or self._failure is not None:
+            return False
+        if isinstance(error, RpcError) and error.code not in _LOST:
+            return False
+        now_s = time.monotonic()
+        if self._away_since_s is None:
+            self._away_since_s = now_s
+        return now_s - self._away_since_s < self._patience_s
+
+    def _serve(self, plane: Plane) -> None:
+        self._responses = None
+        self._observations = queue.SimpleQueue()
+        try:
+            while self._failure is None:
+                work = self._unfinished or self._work.get()
+                if work is None:
+                    return
+                self._unfinished = work
                 if not self._closing or work.outlives_run:
                     self._do(work, plane)
+                self._unfinished = self._away_since_s = None
         finally:
             self._observations.put(None)
 
@@ -282,9 +365,16 @@ class PlaneLink:
                 raise
             _log.warning("esper: the plane refused %s", error)
 
+    def _compile(self, signature: kernel_pb2.KernelSignature, plane: Plane) -> None:
+        for candidate in self._candidates:
+            _compile_candidate(candidate, signature, plane)
+
     def _advise(self, plane: Plane, observation: controller_pb2.Observation) -> None:
+        graph = observation.host_graph
         if self._responses is None:
-            self._responses = plane.tamiyo.advise(iter(self._observations.get, None))
+            self._responses = plane.tamiyo.advise(iter(self._observations.get, None), self._memory)
+        elif self._graph is not None and self._graph.digest == graph.digest:
+            observation = _without_graph(observation)
         self._observations.put(observation)
         response = next(self._responses, None)
         if response is None:
@@ -297,7 +387,9 @@ class PlaneLink:
                 if error.code not in _REFUSALS:
                     raise
                 _log.warning("esper: decision %s has no kernel: %s", decision.id, error)
+        self._graph = graph
         with self._arrived:
+            self._memory = response.memory
             self._advice.extend(advice)
             self._answered_epoch = response.epoch
             self._arrived.notify_all()
@@ -315,22 +407,31 @@ class PlaneLink:
         return Advice(decision, kernel, weights)
 
 
+def _request_id(message: Message, position: int) -> str:
+    """Names a message by what it says and when, so that it counts once however often it is sent."""
+    content = message.SerializeToString(deterministic=True)
+    return hashlib.sha256(position.to_bytes(8, "big") + content).hexdigest()
+
+
+def _without_graph(observation: controller_pb2.Observation) -> controller_pb2.Observation:
+    copy = controller_pb2.Observation()
+    copy.CopyFrom(observation)
+    copy.ClearField("host_graph")
+    return copy
+
+
 def _compile_candidate(
-    candidate: Candidate, signature: kernel_pb2.KernelSignature
-) -> Callable[[Plane], None]:
-    """Returns the work of compiling a candidate in all its ranks for one place."""
-
-    def compile_ranks(plane: Plane) -> None:
-        for rank in candidate.ranks:
-            blueprint = _blueprint(candidate, rank)
-            if _source(blueprint) != signature.source:
-                return
-            try:
-                plane.tezzeret.compile(blueprint, signature)
-            except CompileError as error:
-                _log.warning("esper: %s of rank %d: %s", candidate.blueprint, rank, error)
-
-    return compile_ranks
+    candidate: Candidate, signature: kernel_pb2.KernelSignature, plane: Plane
+) -> None:
+    """Compiles a candidate in all its ranks for one place."""
+    for rank in candidate.ranks:
+        blueprint = _blueprint(candidate, rank)
+        if _source(blueprint) != signature.source:
+            return
+        try:
+            plane.tezzeret.compile(blueprint, signature)
+        except CompileError as error:
+            _log.warning("esper: %s of rank %d: %s", candidate.blueprint, rank, error)
 
 
 def _blueprint(candidate: Candidate, rank: int) -> blueprint_pb2.Blueprint:

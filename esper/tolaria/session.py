@@ -81,7 +81,8 @@ class Session:
         loss: Maps (model, batch) to the losses of the batch's samples, shape [samples].
         plane: Address of a plane, or ``None`` to start an embedded one.
         mode: ``async`` takes what advice has arrived and never waits; ``lockstep`` waits for the
-            answer to every observation, so that equal runs are equal to the bit.
+            answer to every observation, so that equal runs are equal to the bit, and for a plane
+            that is away to come back.
         config: Everything else; ``None`` means the defaults.
 
     Attributes:
@@ -131,7 +132,6 @@ class Session:
         self._step = 0
         self._epoch_first_step = 0
         self._num_trials = 0
-        self._graph_digest_sent = ""
         self._closed = False
         self.run = uuid.uuid4().hex
         self.history = History()
@@ -141,7 +141,12 @@ class Session:
         self._protocol = GraftProtocol(model, optimizer, self._config.graft)
         self._decisions = Decisions(model, self._protocol, self.cost, self._config)
         self._step_hook = optimizer.register_step_post_hook(self._on_step)
-        self._link = PlaneLink(plane, self._config.candidates)
+        self._link = PlaneLink(
+            plane,
+            self._config.candidates,
+            self.run,
+            patience_s=self._config.lockstep_timeout_s if mode == "lockstep" else 0.0,
+        )
         self._warn_of_strangers()
 
     def __enter__(self) -> "Session":
@@ -257,8 +262,8 @@ class Session:
         )
         self.history.events.append(event)
         message = event.to_proto(self.run)
-        self._link.publish("system.events.lifecycle", message, key=self.run)
-        self._link.record(self.run, message)
+        self._link.publish("system.events.lifecycle", message)
+        self._link.record(message)
         if transition.after in _VERDICTS and transition.before is not State.DORMANT:
             self._report(transition)
 
@@ -319,6 +324,7 @@ class Session:
             num_epochs=self._epochs,
             steps_per_epoch=self._step - self._epoch_first_step,
             host_graph_digest=graph.digest,
+            host_graph=graph,
             signals=self._model.collect_signals(self._epoch),
             held_out_loss=record.held_out_loss,
             learning_rates=[float(group["lr"]) for group in self._optimizer.param_groups],
@@ -328,13 +334,10 @@ class Session:
         )
         if record.train_loss is not None:
             observation.train_loss = record.train_loss
-        if graph.digest != self._graph_digest_sent:
-            observation.host_graph.CopyFrom(graph)
-            self._graph_digest_sent = graph.digest
         self._link.observe(observation)
         message = record.to_proto(self.run)
-        self._link.publish("system.events.epoch", message, key=self.run)
-        self._link.record(self.run, message)
+        self._link.publish("system.events.epoch", message)
+        self._link.record(message)
         if self._mode == "lockstep":
             advice = self._link.wait(self._epoch, self._config.lockstep_timeout_s)
         else:

@@ -219,9 +219,18 @@ class UrzaClient:
 
     # ------------------------------------------------------------ field reports
 
-    def record_field_report(self, report: library_pb2.FieldReport) -> library_pb2.FieldReport:
-        """Stores what a kernel did in a run and returns the report with name and time."""
-        request = library_pb2.RecordFieldReportRequest(report=report, request_id=_new_id())
+    def record_field_report(
+        self, report: library_pb2.FieldReport, request_id: str = ""
+    ) -> library_pb2.FieldReport:
+        """Stores what a kernel did in a run and returns the report with name and time.
+
+        Args:
+            report: The report.
+            request_id: Makes it harmless to send the report again; empty takes a new one.
+        """
+        request = library_pb2.RecordFieldReportRequest(
+            report=report, request_id=request_id or _new_id()
+        )
         with readable_errors():
             return self._library.RecordFieldReport(request, timeout=CALL_TIMEOUT_S).report
 

@@ -18,6 +18,9 @@ from esper.services.serving.errors import unavailable
 from esper.services.serving.errors import unimplemented
 from esper.services.tamiyo.heuristic import Heuristic
 from esper.services.tamiyo.heuristic import RunState
+from esper.services.tamiyo.memory import MAX_MEMORY_BYTES
+from esper.services.tamiyo.memory import from_bytes
+from esper.services.tamiyo.memory import to_bytes
 from esper.tamiyo.v1 import controller_pb2
 from esper.tamiyo.v1 import controller_pb2_grpc
 from esper.urza.v1 import library_pb2
@@ -105,7 +108,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         context: CallContext,
     ) -> AsyncIterator[controller_pb2.AdviseResponse]:
         """Answers every observation of the stream with one response."""
-        state = RunState()
+        state: RunState | None = None
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             while True:
@@ -118,10 +121,15 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
                 if request is None:
                     return
                 observation = request.observation
+                if state is None:
+                    state = self._recall(request.memory)
                 check_observation(observation, state)
                 decisions = await asyncio.to_thread(self._policy.decide, observation, state)
                 yield controller_pb2.AdviseResponse(
-                    run=observation.run, epoch=observation.epoch, decisions=decisions
+                    run=observation.run,
+                    epoch=observation.epoch,
+                    decisions=decisions,
+                    memory=to_bytes(state, self._policy.digest),
                 )
         finally:
             stopping.cancel()
@@ -166,6 +174,17 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     ) -> AsyncIterator[controller_pb2.TrainPolicyResponse]:
         """Not served yet."""
         raise unimplemented("esper.tamiyo.v1.ControllerService/TrainPolicy")
+
+    def _recall(self, memory: bytes) -> RunState:
+        """Returns what the policy remembers of a run whose stream has ended."""
+        if not memory:
+            return RunState()
+        if len(memory) > MAX_MEMORY_BYTES:
+            raise invalid("memory", f"{len(memory)} bytes", f"must be at most {MAX_MEMORY_BYTES}")
+        try:
+            return from_bytes(memory, self._policy.digest)
+        except ValueError as error:
+            raise invalid("memory", f"{len(memory)} bytes", str(error)) from error
 
     def _describe(self) -> controller_pb2.Policy:
         return controller_pb2.Policy(

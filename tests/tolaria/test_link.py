@@ -15,10 +15,10 @@ def test_a_refused_request_is_named_and_does_not_end_the_link(
 ) -> None:
     topic = "test.link"
     with caplog.at_level(logging.WARNING, logger="esper"):
-        link = PlaneLink(plane, ())
-        link.publish("No Such Topic Name", event_pb2.EpochEvent(run="r"), key="r")
+        link = PlaneLink(plane, (), "r")
+        link.publish("No Such Topic Name", event_pb2.EpochEvent(run="r"))
         link.report(library_pb2.FieldReport(kernel=f"kernels/{64 * '0'}", run="r"))
-        link.publish(topic, event_pb2.EpochEvent(run="r", epoch=7), key="r")
+        link.publish(topic, event_pb2.EpochEvent(run="r", epoch=7))
         link.close()
     assert link.failure is None
     refused = [record.getMessage() for record in caplog.records]
@@ -34,9 +34,9 @@ def test_a_plane_that_is_not_there_ends_the_link_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="esper"):
-        link = PlaneLink("unix:/nonexistent/plane.sock", ())
+        link = PlaneLink("unix:/nonexistent/plane.sock", (), "r")
         assert link.wait(0, timeout_s=60) == []
-        link.publish("test.link", event_pb2.EpochEvent(run="r"), key="r")
+        link.publish("test.link", event_pb2.EpochEvent(run="r"))
         link.close()
     assert link.failure is not None and "/nonexistent/plane.sock" in link.failure
     assert len(caplog.records) == 1

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def _grow(
     *,
     between: Callable[[int, Session], None] = lambda epoch, session: None,
     loss: Callable[[nn.Module, object], torch.Tensor] = TASK.loss,
+    config: EsperConfig = QUICK,
 ) -> tuple[MorphableModel, torch.optim.Optimizer, Session]:
     model = esper.wrap(TASK.host(0), target_layers=["net"], seeds_per_layer=2)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -57,7 +59,7 @@ def _grow(
         loss=loss,
         plane=plane,
         mode="lockstep",
-        config=QUICK,
+        config=config,
     )
     with session:
         for epoch in range(epochs):
@@ -163,7 +165,9 @@ def test_killing_the_plane_changes_nothing_but_the_growth(
                 os.kill(embedded.pid, signal.SIGKILL)
 
         with caplog.at_level(logging.WARNING, logger="esper"):
-            model, _, session = _grow(embedded.address, between=kill)
+            model, _, session = _grow(
+                embedded.address, between=kill, config=replace(QUICK, lockstep_timeout_s=1.0)
+            )
     events = session.history.events
     assert [event.epoch for event in events if event.after == "GERMINATED"] == [1]
     assert events[-1].after in {"FOSSILIZED", "CULLED"}  # the live seed still had its trial
@@ -325,9 +329,9 @@ def test_a_plane_that_hangs_is_given_up(
         model, optimizer, session = _open(plane=embedded.address, mode="lockstep")
         train_epoch(model, optimizer, TASK.train_batches(0, 0), TASK.loss)
         session.epoch_end()
-        session._link.publish("system.events.epoch", event_pb2.EpochEvent(run="r"), key="r")
+        session._link.publish("system.events.epoch", event_pb2.EpochEvent(run="r"))
         os.kill(embedded.pid, signal.SIGSTOP)
-        session._link.publish("system.events.epoch", event_pb2.EpochEvent(run="r"), key="r")
+        session._link.publish("system.events.epoch", event_pb2.EpochEvent(run="r"))
         with caplog.at_level(logging.WARNING, logger="esper"):
             session._link.close(timeout_s=0.5)
         os.kill(embedded.pid, signal.SIGCONT)
