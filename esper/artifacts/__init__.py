@@ -5,6 +5,7 @@ from esper.artifacts.folder import ModelFolderError
 from esper.artifacts.folder import check_target
 from esper.artifacts.hardening import harden
 from esper.artifacts.model import load
+from esper.artifacts.model import load_into
 from esper.artifacts.model import read_architecture
 from esper.artifacts.model import save
 
@@ -14,6 +15,7 @@ __all__ = [
     "check_target",
     "harden",
     "load",
+    "load_into",
     "read_architecture",
     "save",
 ]

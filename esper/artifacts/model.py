@@ -33,6 +33,7 @@ from esper.artifacts.folder import write_folder
 from esper.common.v1 import kernel_pb2
 from esper.kasmina import KasminaLayer
 from esper.kasmina import MorphableModel
+from esper.kasmina import SlotState
 from esper.kasmina import unwrap
 from esper.kasmina import wrap
 
@@ -73,7 +74,7 @@ def save(
             f"model is a {type(model).__name__}, but only a wrapped model can be saved: pass what "
             "esper.wrap returned"
         )
-    state, aliases = _host_state(model.host)
+    state, aliases = host_state(model.host)
     stored = {_host_key(name): tensor for name, tensor in state.items()}
     for slot, seed in model.occupied_seeds():
         kernel = model.kernel_of(slot, seed)
@@ -136,18 +137,67 @@ def load(path: str | PathLike[str], host: nn.Module) -> MorphableModel:
     """
     if isinstance(host, MorphableModel):
         raise ValueError("host is wrapped already, but load needs the plain model")
-    folder = Path(path)
+    architecture, stored = _read(Path(path))
+    targets, aliases = host_state(host)
+    _check_host(architecture, targets, aliases)
+    model = _build(architecture, host, stored)
+    _copy_host(targets, stored)
+    return model
+
+
+def load_into(path: str | PathLike[str], model: MorphableModel) -> None:
+    """Makes a wrapped model the grown model of a folder; its own seeds give way.
+
+    On any error the model is left as it was.
+
+    Args:
+        path: A folder that ``save`` wrote.
+        model: A wrapped model of the same host and slots.
+
+    Raises:
+        ModelFolderError: If the folder is corrupt, truncated, of another format version, or made
+            for another host or other slots. Names field, value and rule.
+    """
+    architecture, stored = _read(Path(path))
+    targets, aliases = host_state(model.host)
+    _check_host(architecture, targets, aliases)
+    _check_slots(architecture, model)
+    try:
+        model.restore(*_seeds(architecture, stored), over=True)
+    except ValueError as error:
+        raise _inconsistent(error) from error
+    _copy_host(targets, stored)
+
+
+def _read(folder: Path) -> tuple[Architecture, dict[str, Tensor]]:
+    """Returns the architecture and the tensors of a folder, all of it checked."""
     architecture = read_architecture(folder)
     check_file(folder / WEIGHTS_FILE, architecture.weights)
     check_file(folder / HISTORY_FILE, architecture.history)
-    targets, aliases = _host_state(host)
-    _check_host(architecture, targets, aliases)
-    stored = _read_weights(folder / WEIGHTS_FILE, architecture)
-    model = _build(architecture, host, stored)
+    return architecture, _read_weights(folder / WEIGHTS_FILE, architecture)
+
+
+def _copy_host(targets: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(stored[_host_key(name)])
-    return model
+
+
+def _seeds(architecture: Architecture, stored: Mapping[str, Tensor]) -> tuple[
+    bytes,
+    dict[str, SlotState],
+    dict[tuple[str, int], tuple[kernel_pb2.Kernel, dict[str, Tensor]]],
+]:
+    """Returns what ``MorphableModel.restore`` takes."""
+    slots = {name: entry.state for name, entry in architecture.slots.items()}
+    return architecture.bank, slots, _grafts(architecture, stored)
+
+
+def _check_slots(architecture: Architecture, model: MorphableModel) -> None:
+    if list(model.slots) != list(architecture.slots):
+        raise ModelFolderError(
+            "host", list(model.slots), f"its slots must be {list(architecture.slots)}"
+        )
 
 
 def _build(
@@ -171,15 +221,8 @@ def _build(
     except ValueError as error:
         raise _inconsistent(error) from error
     try:
-        if list(model.slots) != list(architecture.slots):
-            raise ModelFolderError(
-                "host", list(model.slots), f"its slots must be {list(architecture.slots)}"
-            )
-        model.restore(
-            architecture.bank,
-            {name: entry.state for name, entry in architecture.slots.items()},
-            _grafts(architecture, stored),
-        )
+        _check_slots(architecture, model)
+        model.restore(*_seeds(architecture, stored))
         _check_seeds(architecture, model, stored)
     except BaseException as error:
         unwrap(model)
@@ -295,8 +338,12 @@ def _check_host(
             )
 
 
-def _host_state(host: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Parameters and persistent buffers by FQN, tied ones once, and the FQNs of the others."""
+def host_state(host: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns parameters and persistent buffers by FQN, tied ones once, and the others' FQNs.
+
+    Raises:
+        ModelFolderError: If the state holds something other than tensors, or one without a shape.
+    """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}

@@ -166,6 +166,14 @@ class Graft(nn.Module):
         owner = self if self.network is None else self.network
         return [owner.get_parameter(spec.name) for spec in self.kernel.parameters]
 
+    def take_weights(self, other: "Graft") -> None:
+        """Copies the weights of a graft of the same kernel into this one's parameters."""
+        with torch.no_grad():
+            for mine, theirs in zip(
+                self.ordered_parameters(), other.ordered_parameters(), strict=True
+            ):
+                mine.copy_(theirs)
+
     def plan(self, row: int, begin: int, end: int, first_param: int) -> SeedPlan:
         """Returns the native plan of the graft, for kernels of a native family.
 

@@ -68,6 +68,44 @@ class PendingScores:
     stride: int
 
 
+@dataclass(frozen=True, slots=True)
+class BlockState:
+    """Sums of one block of a probe; the tensors are the probe's own.
+
+    Attributes:
+        p_FD: Sum of phi v^T.
+        q_FX: Sum of phi x^T.
+        energy: Sum of phi^2, shape [].
+    """
+
+    p_FD: Tensor
+    q_FX: Tensor
+    energy: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeState:
+    """What a probe has gathered; the tensors are the probe's own.
+
+    Attributes:
+        dormant: Column ranges of the chunks that it measures, by seed.
+        blocks: Sums of its blocks.
+        s_XX: Sum of x x^T.
+        m_XD: Sum of x v^T.
+        v_energy_D: Sum of v^2.
+        num_steps: Sampled steps.
+        last_step: Number of the last one.
+    """
+
+    dormant: dict[int, tuple[int, int]]
+    blocks: list[BlockState]
+    s_XX: Tensor
+    m_XD: Tensor
+    v_energy_D: Tensor
+    num_steps: int
+    last_step: int
+
+
 class _Block:
     """Random features of some columns of z, paired with some columns of v."""
 
@@ -138,6 +176,29 @@ class GrowthProbe:
         self._v_energy_D = torch.zeros(width, device=device)  # sum over steps, n / (n - 1) each
         self._num_steps = 0
         self._last_step = -1
+
+    def state(self) -> ProbeState:
+        """Returns what has been gathered."""
+        return ProbeState(
+            self.dormant,
+            [BlockState(block.p_FD, block.q_FX, block.energy) for block in self._blocks],
+            self._s_XX,
+            self._m_XD,
+            self._v_energy_D,
+            self._num_steps,
+            self._last_step,
+        )
+
+    def resume(self, state: ProbeState) -> None:
+        """Goes on from what a probe of the same place and chunks had gathered."""
+        for block, sums in zip(self._blocks, state.blocks, strict=True):
+            block.p_FD.copy_(sums.p_FD)
+            block.q_FX.copy_(sums.q_FX)
+            block.energy.copy_(sums.energy)
+        self._s_XX.copy_(state.s_XX)
+        self._m_XD.copy_(state.m_XD)
+        self._v_energy_D.copy_(state.v_energy_D)
+        self._num_steps, self._last_step = state.num_steps, state.last_step
 
     def observe(self, h: Tensor, x: Tensor | None) -> PendingScores | None:
         """Takes in what a forward shows.

@@ -433,7 +433,6 @@ class KasminaLayer(nn.Module):
 
     def _growth_probe(self, telemetry: SlotTelemetry, device: torch.device) -> GrowthProbe | None:
         """The slot's probe for the seeds that are dormant now; None where there is none."""
-        assert self.width is not None
         dormant = {
             seed: self.bounds[seed]
             for seed, state in enumerate(self._states)
@@ -442,9 +441,19 @@ class KasminaLayer(nn.Module):
         if not dormant:
             telemetry.growth = None
         elif telemetry.growth is None or telemetry.growth.dormant != dormant:
-            linear = isinstance(self.module, nn.Linear)
-            telemetry.growth = GrowthProbe(dormant, self.width, self.source_width, linear, device)
+            telemetry.growth = self.new_probe(dormant, device)
         return telemetry.growth
+
+    def new_probe(self, dormant: dict[int, tuple[int, int]], device: torch.device) -> GrowthProbe:
+        """Returns an empty growth probe.
+
+        Args:
+            dormant: Half-open column ranges of the chunks to measure, by seed.
+            device: Where the slot computes.
+        """
+        assert self.width is not None
+        linear = isinstance(self.module, nn.Linear)
+        return GrowthProbe(dormant, self.width, self.source_width, linear, device)
 
 
 def _take_gradient(

@@ -299,8 +299,10 @@ class MorphableModel(SlottedModel):
         bank: bytes,
         slots: Mapping[str, SlotState],
         grafts: Mapping[tuple[str, int], tuple[kernel_pb2.Kernel, Mapping[str, Tensor]]],
+        *,
+        over: bool = False,
     ) -> None:
-        """Puts the seeds of a saved model into a freshly wrapped one.
+        """Puts the seeds of a saved model into one of the same slots.
 
         No observer is called: nothing moves, a past is restored.
 
@@ -308,29 +310,50 @@ class MorphableModel(SlottedModel):
             bank: What ``bank.to_bytes()`` returned.
             slots: What each slot had learnt from its forwards.
             grafts: Kernel and weights of each seed that held one.
+            over: Whether seeds in use give way; all must be DORMANT otherwise. A seed that holds
+                the same kernel keeps its parameters, which take the weights.
 
         Raises:
             ValueError: If the parts do not fit each other or the model; nothing has changed.
         """
         restored = _C.SeedBank.from_bytes(bank)
+        if not over:
+            self._check_dormant()
         self._check_restorable(restored, slots, grafts)
         before = {name: layer.slot_state() for name, layer in self.slots.items()}
         try:
             for name, slot_state in slots.items():
-                self.slots[name].adopt(slot_state)
+                if slot_state != before[name]:
+                    self.slots[name].adopt(slot_state)
             planted = {at: self._revived(*at, *graft) for at, graft in grafts.items()}
         except ValueError:
             for name, slot_state in before.items():
-                self.slots[name].adopt(slot_state)
+                if slot_state != slots[name]:
+                    self.slots[name].adopt(slot_state)
             raise
         self._bank = restored
         self._bind()
+        for slot, seed in self.occupied_seeds():
+            held, graft = self._graft(slot, seed), planted.get((slot, seed))
+            assert held is not None
+            if graft is not None and graft.digest == held.digest:
+                held.take_weights(graft)
+                del planted[slot, seed]
+            else:
+                self.slots[slot].remove(seed)
+                self.kernel_cache.release(held.digest)
         for (slot, seed), graft in planted.items():
-            self.kernel_cache.put(graft.digest, CachedKernel(graft.kernel, None), in_use=True)
+            entry = self.kernel_cache.get(graft.digest) or CachedKernel(graft.kernel, None)
+            self.kernel_cache.put(graft.digest, entry, in_use=True)
             self.slots[slot].grafts[str(seed)] = graft
         self._emptied = {at: None for at in self._seeds if self.seed_state(*at) in _EMPTIED}
         for slot in self.slots:
             self._rebuild(slot)
+
+    def _check_dormant(self) -> None:
+        for slot, seed in self._seeds:
+            if self.seed_state(slot, seed) != SeedLifecycleState.DORMANT:
+                raise ValueError(f"slot {slot!r}, seed {seed} is in use, but it must be DORMANT")
 
     def _check_restorable(
         self,
@@ -353,8 +376,6 @@ class MorphableModel(SlottedModel):
                 )
         for slot, seed in self._seeds:
             state = SeedLifecycleState(bank.state(self._slot_index[slot], seed))
-            if self.seed_state(slot, seed) != SeedLifecycleState.DORMANT:
-                raise ValueError(f"slot {slot!r}, seed {seed} is in use, but it must be DORMANT")
             if state.holds_graft != ((slot, seed) in grafts):
                 raise ValueError(
                     f"slot {slot!r}, seed {seed} is {state.name} in the bank, but grafts hold "

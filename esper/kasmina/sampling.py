@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,25 @@ from esper.kasmina.host_graph import node_names
 from esper.kasmina.host_graph import record_execution
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.slots import SlotTable
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerState:
+    """Where a sampler stands.
+
+    Attributes:
+        interval: Every how many training forwards telemetry is sampled.
+        enabled: Whether it is sampled at all.
+        training_forwards: Training forwards so far.
+        sampled_forwards: Those of them that were sampled.
+        order: Modules in order of execution; None before the first training forward.
+    """
+
+    interval: int
+    enabled: bool
+    training_forwards: int
+    sampled_forwards: int
+    order: list[str] | None
 
 
 class Sampler:
@@ -47,6 +67,23 @@ class Sampler:
             if any(module is layer.module for module in encoder.modules())
         }
         self._warned: set[str] = set()
+
+    def state(self) -> SamplerState:
+        """Returns where the sampler stands."""
+        return SamplerState(
+            self._interval,
+            self.enabled,
+            self.training_forwards,
+            self.sampled_forwards,
+            self.order,
+        )
+
+    def resume(self, state: SamplerState) -> None:
+        """Goes on from where another stood."""
+        self.interval, self.enabled = state.interval, state.enabled
+        self.training_forwards = state.training_forwards
+        self.sampled_forwards = state.sampled_forwards
+        self.order = state.order
 
     @property
     def interval(self) -> int:

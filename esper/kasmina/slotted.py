@@ -26,6 +26,10 @@ from esper.kasmina.lifecycle import SeedLifecycleState
 from esper.kasmina.places import signature_of
 from esper.kasmina.report import drain_signals
 from esper.kasmina.report import layer_stats
+from esper.kasmina.runtime import ModelRuntime
+from esper.kasmina.runtime import check_slots
+from esper.kasmina.runtime import resume_slot
+from esper.kasmina.runtime import runtime_of
 from esper.kasmina.sampling import Sampler
 from esper.kasmina.sites import Site
 from esper.kasmina.slots import SlotTable
@@ -268,6 +272,22 @@ class SlottedModel(nn.Module):
             for position, layer in enumerate(self.slots.values())
             for signal in drain_signals(layer, self._bank, position, epoch)
         ]
+
+    def runtime(self) -> ModelRuntime:
+        """Returns what the model has lived through; call it between steps."""
+        slots = {name: runtime_of(layer) for name, layer in self.slots.items()}
+        return ModelRuntime(self._sampler.state(), slots)
+
+    def resume(self, runtime: ModelRuntime) -> None:
+        """Lets the model, its seeds restored, go on from what another had lived through.
+
+        Raises:
+            ValueError: If it is the runtime of a model with other slots; nothing has changed.
+        """
+        check_slots(runtime.slots, self.slots)
+        self._sampler.resume(runtime.sampler)
+        for name, slot in runtime.slots.items():
+            resume_slot(self.slots[name], slot)
 
     # ---------------------------------------------------------------- helpers
 

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from esper import _C
 from esper.common.v1 import signal_pb2
 from esper.kasmina.growth import GrowthProbe
+from esper.kasmina.growth import ProbeState
 from esper.kasmina.ops import NUM_STATS
 from esper.kasmina.ops import SeedPlan
 from esper.kasmina.ops import slot_forward
@@ -48,6 +49,25 @@ class _SquareSum:
         return _finite(math.sqrt(float(self.total) / self.count))
 
 
+@dataclass(frozen=True, slots=True)
+class TelemetryState:
+    """What a slot has shown since it was last asked.
+
+    Attributes:
+        stats: Statistics of the chunks, float64 [seeds, len(STATS_COLUMNS)].
+        output_gradient: Sum of squares (float64, shape []) and count by seed; None for no sum.
+        weight_gradient: The same of the seeds' own parameters.
+        computed: Whether each seed took part in a sampled forward.
+        growth: What its growth probe has gathered; None where there is none.
+    """
+
+    stats: Tensor
+    output_gradient: list[tuple[Tensor | None, int]]
+    weight_gradient: list[tuple[Tensor | None, int]]
+    computed: list[bool]
+    growth: ProbeState | None
+
+
 class SlotTelemetry:
     """Accumulators of one slot.
 
@@ -72,6 +92,33 @@ class SlotTelemetry:
         self._weight_gradient = [_SquareSum() for _ in range(num_seeds)]
         self._watches: list[dict[int, RemovableHandle]] = [{} for _ in range(num_seeds)]
         self._computed = [False] * num_seeds
+
+    def state(self) -> TelemetryState:
+        """Returns what was measured; call it between steps, when no gradient is awaited."""
+        self._merge_pending()
+        return TelemetryState(
+            torch.from_numpy(self._stats.copy()),
+            [(total.total, total.count) for total in self._output_gradient],
+            [(total.total, total.count) for total in self._weight_gradient],
+            list(self._computed),
+            None if self.growth is None else self.growth.state(),
+        )
+
+    def resume(self, state: TelemetryState, growth: GrowthProbe | None) -> None:
+        """Goes on from what a slot of the same place had measured.
+
+        Args:
+            state: What ``state`` returned there.
+            growth: A probe for the chunks of its probe; None where it had none.
+        """
+        self._reset()
+        self._stats[:] = state.stats.numpy()
+        self._output_gradient = [_SquareSum(*total) for total in state.output_gradient]
+        self._weight_gradient = [_SquareSum(*total) for total in state.weight_gradient]
+        self._computed = list(state.computed)
+        self.growth = growth
+        if growth is not None and state.growth is not None:
+            growth.resume(state.growth)
 
     def forget(self, seed: int) -> None:
         """Drops what belongs to a kernel that has left its seed."""
