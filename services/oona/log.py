@@ -8,9 +8,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from esper.oona.v1 import event_pb2
 from esper.services.serving.errors import out_of_range
-from esper.services.store.engine import Row
 from esper.services.store.engine import Store
 from esper.services.store.followers import Followers
+from esper.services.store.opening import Row
 from esper.services.store.requests import RequestTable
 from esper.services.store.requests import fingerprint
 

@@ -16,8 +16,9 @@ from esper.services.serving.errors import require
 from esper.services.serving.errors import unavailable
 from esper.services.serving.errors import unimplemented
 from esper.services.store.engine import Store
+from esper.services.store.opening import Schema
 
-SCHEMA_VERSION = 1
+SCHEMA = Schema(rows.TABLES, version=1)
 MAX_UNACKNOWLEDGED = 64
 """Events of one Publish stream that may wait for their commit; it is read no further then."""
 
@@ -122,7 +123,7 @@ class OonaService:
     full_names = ("esper.oona.v1.EventService",)
 
     def __init__(self, context: ServiceContext) -> None:
-        self._store = Store(context.data_dir / "oona", rows.TABLES, SCHEMA_VERSION)
+        self._store = Store(context.data_dir / "oona", SCHEMA)
         self._servicer = EventServicer(EventLog(self._store), context.stopping)
 
     def add_to(self, server: grpc.aio.Server) -> None:

@@ -8,35 +8,47 @@ price of the sync is shared by all writers that came while the one before was un
 
 import errno
 import logging
+import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 from typing import TypeVar
 
 import lmdb
 
+from esper.services.serving.errors import ServiceError
 from esper.services.serving.errors import exhausted
+from esper.services.serving.errors import unavailable
 from esper.services.store.claim import DirectoryClaim
-from esper.services.store.claim import DirectoryError
+from esper.services.store.files import free_bytes
+from esper.services.store.gate import Gate
+from esper.services.store.limits import RETRY_AFTER_S
+from esper.services.store.limits import SOFT_SHARE
+from esper.services.store.limits import StoreLimits
+from esper.services.store.opening import Database
+from esper.services.store.opening import Row
+from esper.services.store.opening import Schema
+from esper.services.store.opening import data_file
+from esper.services.store.opening import open_rows
 
 LOG = logging.getLogger("esper.store")
 
 T = TypeVar("T")
-# Quoted: generic in the type stubs alone.
-Row: TypeAlias = "lmdb.Transaction[bytes]"
 
-SCHEMA_KEY = b"schema_version"
 MAX_BATCH_JOBS = 256
 MAX_BATCH_BYTES = 32 << 20
 INITIAL_MAP_BYTES = 4 << 30  # address space only: the file grows by what is written
-MAX_READERS = 512
+LONG_READ_S = 5.0
+READER_CHECK_S = 60.0
+PROBE_BYTES = 1 << 20
+FREEING_BYTES = 16 << 20
+"""Room beyond the limit for writes that make room: a deletion writes the pages on its way."""
 
 
 class StoreClosedError(RuntimeError):
@@ -48,42 +60,7 @@ class _Job:
     work: Callable[[Row], object]
     size_bytes: int
     future: "Future[object]"
-
-
-class _Gate:
-    """Lets readers in and out, and shuts them out while the map is being resized."""
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._readers = 0
-        self._shut = False
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        with self._condition:
-            while self._shut:
-                self._condition.wait()
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._readers -= 1
-                if self._readers == 0:
-                    self._condition.notify_all()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._condition:
-            self._shut = True
-            while self._readers:
-                self._condition.wait()
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._shut = False
-                self._condition.notify_all()
+    frees: bool
 
 
 class Store:
@@ -91,79 +68,62 @@ class Store:
 
     Args:
         directory: Claimed for this process alone.
-        tables: Names of the tables, created where missing.
-        schema_version: Version of the row formats. A directory of another version is refused.
+        schema: Tables and version of the rows.
+        limits: How much it may take.
         initial_map_bytes: Size of the memory map; doubled whenever it is full.
 
     Raises:
-        DirectoryError: Where the directory cannot be used, or was written by another schema
-            version.
+        DirectoryError: Where the directory cannot be used, is damaged, or was written by another
+            schema version.
     """
 
     def __init__(
         self,
         directory: Path,
-        tables: Sequence[str],
-        schema_version: int,
+        schema: Schema,
+        limits: StoreLimits | None = None,
         initial_map_bytes: int = INITIAL_MAP_BYTES,
     ) -> None:
         self.directory = directory
+        self.limits = limits or StoreLimits()
         self._claim = DirectoryClaim(directory)
         try:
-            self._environment = lmdb.open(
-                str(directory / "rows"),
-                map_size=max(initial_map_bytes, _file_bytes(directory / "rows" / "data.mdb")),
-                max_dbs=len(tables) + 1,
-                max_readers=MAX_READERS,
-                subdir=True,
-                metasync=True,
-                sync=True,
-                mode=0o600,
-            )
-            self._environment.reader_check()
-            self._tables = {
-                name: self._environment.open_db(name.encode()) for name in (*tables, "meta")
-            }
-            self._check_schema(schema_version)
-        except lmdb.Error as error:
-            self._claim.release()
-            raise DirectoryError(f"cannot open the store in {directory}: {error}") from error
-        except DirectoryError:
-            self._environment.close()
+            self._environment, self._tables = open_rows(directory, schema, initial_map_bytes)
+        except BaseException:
             self._claim.release()
             raise
-        self._gate = _Gate()
+        self._gate = Gate()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = threading.Lock()
         self._open = True
+        self._failure: ServiceError | None = None
+        self._readers_checked_s = time.monotonic()
         self._writer = threading.Thread(
             target=self._run, name=f"store-{directory.name}", daemon=True
         )
         self._writer.start()
 
-    def _check_schema(self, version: int) -> None:
-        wanted = str(version).encode()
-        with self._environment.begin(write=True) as row:
-            found = row.get(SCHEMA_KEY, db=self._tables["meta"])
-            if found is None:
-                row.put(SCHEMA_KEY, wanted, db=self._tables["meta"])
-            elif found != wanted:
-                raise DirectoryError(
-                    f"{self.directory} was written with schema version {found.decode()} and this "
-                    f"release reads version {version}"
-                )
-
-    def table(self, name: str) -> "lmdb._Database":
+    def table(self, name: str) -> Database:
         """Returns the handle of a table."""
         return self._tables[name]
 
     @contextmanager
     def reading(self) -> Iterator[Row]:
-        """Gives a snapshot to read from, to be left soon: it holds old pages and blocks growth."""
-        with self._gate.reading(), self._environment.begin() as row:
-            yield row
+        """Gives a snapshot to read from, to be left soon: it holds old pages and blocks growth.
 
-    def submit(self, work: Callable[[Row], T], size_bytes: int = 0) -> "Future[T]":
+        Not to be nested, and not to be held while waiting for a caller.
+        """
+        with self._gate.reading():
+            started_s = time.monotonic()
+            with self._environment.begin() as row:
+                yield row
+        held_s = time.monotonic() - started_s
+        if held_s > LONG_READ_S:
+            LOG.warning("a read of %s held its snapshot for %.1f s", self.directory, held_s)
+
+    def submit(
+        self, work: Callable[[Row], T], size_bytes: int = 0, *, frees: bool = False
+    ) -> "Future[T]":
         """Has `work` done in a write transaction and resolves the future once that is durable.
 
         Args:
@@ -171,6 +131,7 @@ class Store:
                 effect beyond its transaction. What it raises fails its own future and undoes its
                 own writes.
             size_bytes: About how much it writes; bounds the size of a group.
+            frees: Whether it makes room, and is therefore done on a disk that is short of it.
 
         Raises:
             StoreClosedError: After `close`.
@@ -179,8 +140,18 @@ class Store:
         with self._closed:
             if not self._open:
                 raise StoreClosedError(f"the store in {self.directory} is closed")
-            self._jobs.put(_Job(work, size_bytes, future))  # type: ignore[arg-type]
+            self._jobs.put(_Job(work, size_bytes, future, frees))  # type: ignore[arg-type]
         return future
+
+    def copy_rows(self, folder: Path, *, compact: bool) -> None:
+        """Writes a snapshot of the rows into an empty folder, as an environment of its own.
+
+        Args:
+            folder: Where to.
+            compact: Leave free pages out; else the copy is page by page that of the store.
+        """
+        with self._gate.reading():
+            self._environment.copy(str(folder), compact=compact)
 
     def close(self) -> None:
         """Finishes what was submitted, then releases the directory."""
@@ -193,6 +164,8 @@ class Store:
         with self._gate.alone():
             self._environment.close()
         self._claim.release()
+
+    # ------------------------------------------------------------ the writer thread
 
     def _run(self) -> None:
         going_on = True
@@ -214,27 +187,50 @@ class Store:
                 except queue.Empty:
                     break
             if batch:
-                self._write(batch)
+                self._serve(batch)
+
+    def _serve(self, batch: list[_Job]) -> None:
+        """Does what the state of the disk allows, and refuses the rest."""
+        refusal = self._failure or self._shortage()
+        if refusal is not None:
+            allowed = [job for job in batch if job.frees and self._failure is None]
+            for job in batch:
+                if job not in allowed:
+                    job.future.set_exception(refusal)
+            batch = allowed
+        if batch:
+            self._write(batch)
+        if time.monotonic() - self._readers_checked_s > READER_CHECK_S:
+            self._clear_readers()
+
+    def _shortage(self) -> ServiceError | None:
+        free = free_bytes(self.directory)
+        if free >= self.limits.keep_free_bytes:
+            return None
+        return exhausted(
+            "DISK_FULL",
+            f"the disk of the store has {free} bytes free and {self.limits.keep_free_bytes} are "
+            "kept free: nothing more is written",
+            RETRY_AFTER_S,
+        )
 
     def _write(self, batch: list[_Job]) -> None:
-        while True:
-            try:
-                outcomes = self._commit(batch)
-            except lmdb.MapFullError:
-                self._grow()
-                continue
-            except lmdb.Error as error:
-                failure = _translate(error)
-                LOG.error("a group of %d writes failed: %s", len(batch), error)
+        try:
+            outcomes = self._commit(batch)
+        except lmdb.Error as error:
+            if isinstance(error, lmdb.MapFullError) and self._grow(batch):
+                self._write(batch)
+            elif len(batch) > 1:  # whoever is at fault, the others shall not suffer
                 for job in batch:
-                    job.future.set_exception(failure)
-                return
-            for job, (result, problem) in zip(batch, outcomes, strict=True):
-                if problem is None:
-                    job.future.set_result(result)
-                else:
-                    job.future.set_exception(problem)
+                    self._write([job])
+            else:
+                batch[0].future.set_exception(self._refusal(error))
             return
+        for job, (result, problem) in zip(batch, outcomes, strict=True):
+            if problem is None:
+                job.future.set_result(result)
+            else:
+                job.future.set_exception(problem)
 
     def _commit(self, batch: list[_Job]) -> list[tuple[object, Exception | None]]:
         outcomes: list[tuple[object, Exception | None]] = []
@@ -249,18 +245,69 @@ class Store:
                     outcomes.append((None, problem))
         return outcomes
 
-    def _grow(self) -> None:
+    def _grow(self, batch: list[_Job]) -> bool:
+        """Doubles the map; returns False where it is as large as it may be."""
+        size_bytes = self._environment.info()["map_size"]
+        limit = self.limits.max_row_bytes
+        if all(job.frees for job in batch):
+            limit += FREEING_BYTES
+        wanted = min(2 * size_bytes, limit)
+        if wanted <= size_bytes:
+            return False
+        self._clear_readers()
         with self._gate.alone():
-            size_bytes = 2 * self._environment.info()["map_size"]
-            self._environment.set_mapsize(size_bytes)
-        LOG.info("the map of %s grew to %d bytes", self.directory, size_bytes)
+            self._environment.set_mapsize(wanted)
+        LOG.info("the map of %s grew to %d bytes", self.directory, wanted)
+        if wanted >= SOFT_SHARE * self.limits.max_row_bytes:
+            LOG.warning("the rows of %s near their limit of %d bytes", self.directory, wanted)
+        return True
+
+    def _clear_readers(self) -> None:
+        """Frees the slots of readers that died: a copying tool, say, that was killed."""
+        self._readers_checked_s = time.monotonic()
+        if dead := self._environment.reader_check():
+            LOG.warning("cleared %d dead readers of %s", dead, self.directory)
+
+    def _refusal(self, error: lmdb.Error) -> ServiceError:
+        """Returns what a failed write is told; a disk that fails ends all writing."""
+        LOG.error("a write to %s failed: %s", self.directory, error)
+        if isinstance(error, lmdb.MapFullError):
+            return exhausted(
+                "ROWS_FULL",
+                f"the rows of the store have reached their limit, {self.limits.max_row_bytes} "
+                "bytes",
+                RETRY_AFTER_S,
+            )
+        if _code(error) in _NO_ROOM or (_code(error) == errno.EIO and self._is_full()):
+            return exhausted(
+                "DISK_FULL", f"no room on the disk of the store: {error}", RETRY_AFTER_S
+            )
+        failure = unavailable(f"the store failed: {error}")
+        if isinstance(error, _FATAL) or _code(error) == errno.EIO:
+            # What the disk holds of a write that failed so is unknown, and a later sync may
+            # wrongly succeed: nothing more is acknowledged.
+            self._failure = failure
+            LOG.critical("%s takes no more writes until it is opened again", self.directory)
+        return failure
+
+    def _is_full(self) -> bool:
+        """Returns whether the file with the rows cannot grow.
+
+        LMDB reports a write that was cut short as an input/output error, whatever the reason.
+        """
+        with data_file(self.directory).open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, PROBE_BYTES)
+            except OSError as error:
+                return error.errno in _NO_ROOM
+        return False
 
 
-def _file_bytes(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FATAL = (lmdb.PanicError, lmdb.CorruptedError, lmdb.PageNotFoundError)
 
 
-def _translate(error: lmdb.Error) -> Exception:
-    if isinstance(error, lmdb.DiskError) or getattr(error, "code", 0) == errno.ENOSPC:
-        return exhausted("DISK_FULL", f"no room on the disk of the store: {error}")
-    return RuntimeError(f"the store failed: {error}")
+def _code(error: lmdb.Error) -> int:
+    """Returns the number of an error: of the system where it is positive, else of LMDB."""
+    code: int = getattr(error, "code", 0)
+    return code

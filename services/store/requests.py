@@ -6,8 +6,8 @@ from google.protobuf.message import Message
 
 from esper.services.serving.errors import FieldViolation
 from esper.services.serving.errors import invalid
-from esper.services.store.engine import Row
 from esper.services.store.engine import Store
+from esper.services.store.opening import Row
 
 MAX_REQUEST_ID_CHARS = 64
 _COUNTER_BYTES = 8

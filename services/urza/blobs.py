@@ -30,8 +30,8 @@ from esper.services.serving.errors import invalid
 from esper.services.serving.errors import not_found
 from esper.services.serving.errors import out_of_range
 from esper.services.serving.limits import MAX_CHUNK_BYTES
-from esper.services.store.engine import Row
 from esper.services.store.engine import Store
+from esper.services.store.opening import Row
 from esper.services.urza.names import EMPTY_HASH
 from esper.services.urza.names import HASH
 

@@ -13,8 +13,8 @@ from esper.services.serving.checks import effective_page_size
 from esper.services.serving.errors import aborted
 from esper.services.serving.errors import not_found
 from esper.services.serving.errors import precondition
-from esper.services.store.engine import Row
 from esper.services.store.engine import Store
+from esper.services.store.opening import Row
 from esper.services.store.paging import decode_token
 from esper.services.store.paging import encode_token
 from esper.services.store.paging import read_page

@@ -31,9 +31,9 @@ from esper.services.serving.errors import aborted
 from esper.services.serving.errors import data_loss
 from esper.services.serving.errors import not_found
 from esper.services.serving.errors import out_of_range
-from esper.services.store.engine import Row
 from esper.services.store.engine import Store
 from esper.services.store.followers import Followers
+from esper.services.store.opening import Row
 from esper.services.store.paging import decode_token
 from esper.services.store.paging import encode_token
 from esper.services.store.paging import read_page

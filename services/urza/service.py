@@ -14,6 +14,7 @@ from esper.services.serving.errors import invalid
 from esper.services.serving.errors import require
 from esper.services.serving.errors import unimplemented
 from esper.services.store.engine import Store
+from esper.services.store.opening import Schema
 from esper.services.urza import library
 from esper.services.urza import runs
 from esper.services.urza import validate
@@ -32,7 +33,7 @@ from esper.urza.v1 import library_pb2
 from esper.urza.v1 import library_pb2_grpc
 from esper.urza.v1 import run_pb2_grpc
 
-SCHEMA_VERSION = 1
+SCHEMA = Schema((BLOB_TABLE, *library.TABLES, *runs.TABLES), version=1)
 
 T = TypeVar("T")
 
@@ -243,8 +244,7 @@ class UrzaService:
 
     def __init__(self, context: ServiceContext) -> None:
         directory = context.data_dir / "urza"
-        tables = (BLOB_TABLE, *library.TABLES, *runs.TABLES)
-        self._store = Store(directory, tables, SCHEMA_VERSION)
+        self._store = Store(directory, SCHEMA)
         blobs = BlobStore(self._store, directory / "blobs")
         self._blob_servicer = BlobServicer(blobs)
         self._library_servicer = LibraryServicer(Library(self._store, blobs))

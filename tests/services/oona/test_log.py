@@ -17,6 +17,7 @@ from esper.services.oona.log import TABLES
 from esper.services.oona.log import EventLog
 from esper.services.serving.errors import ServiceError
 from esper.services.store.engine import Store
+from esper.services.store.opening import Schema
 
 
 def request(topic: str, value: bytes, request_id: str = "") -> event_pb2.PublishRequest:
@@ -43,12 +44,12 @@ def test_the_log_is_a_list_per_topic(steps: list[tuple[str, str, bytes, str]]) -
     answers: dict[tuple[str, str], tuple[bytes, int]] = {}
 
     async def run(folder: Path) -> None:
-        store = Store(folder, TABLES, 1)
+        store = Store(folder, Schema(TABLES, 1))
         log = EventLog(store, now=lambda: 12.5)
         for action, topic, value, request_id in steps:
             if action == "restart":
                 store.close()
-                store = Store(folder, TABLES, 1)
+                store = Store(folder, Schema(TABLES, 1))
                 log = EventLog(store, now=lambda: 3.0)  # a clock that jumps back has no effect
                 continue
             events = model.setdefault(topic, [])
@@ -86,7 +87,7 @@ def test_the_log_is_a_list_per_topic(steps: list[tuple[str, str, bytes, str]]) -
 
 def test_a_read_is_bounded_in_bytes(tmp_path: Path) -> None:
     async def run() -> None:
-        store = Store(tmp_path, TABLES, 1)
+        store = Store(tmp_path, Schema(TABLES, 1))
         log = EventLog(store)
         big = bytes(MAX_BATCH_BYTES // 2)
         for _ in range(5):

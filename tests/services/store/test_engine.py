@@ -12,14 +12,15 @@ import pytest
 
 from esper.services.store.claim import DirectoryClaim
 from esper.services.store.claim import DirectoryError
-from esper.services.store.engine import Row
 from esper.services.store.engine import Store
 from esper.services.store.engine import StoreClosedError
+from esper.services.store.opening import Row
+from esper.services.store.opening import Schema
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(tmp_path / "s", ("things",), 1)
+    opened = Store(tmp_path / "s", Schema(("things",), 1))
     yield opened
     opened.close()
 
@@ -38,11 +39,11 @@ def get(store: Store, key: bytes) -> bytes | None:
 
 
 def test_what_is_acknowledged_can_be_read_and_outlives_the_store(tmp_path: Path) -> None:
-    store = Store(tmp_path, ("things",), 1)
+    store = Store(tmp_path, Schema(("things",), 1))
     assert store.submit(put(store, b"a", b"1")).result(10) == b"a"
     assert get(store, b"a") == b"1"
     store.close()
-    again = Store(tmp_path, ("things",), 1)
+    again = Store(tmp_path, Schema(("things",), 1))
     assert get(again, b"a") == b"1"
     again.close()
 
@@ -82,7 +83,7 @@ def test_later_writes_of_a_group_see_earlier_ones(store: Store) -> None:
 
 
 def test_a_full_map_grows_and_no_write_is_lost(tmp_path: Path) -> None:
-    store = Store(tmp_path, ("things",), 1, initial_map_bytes=256 << 10)
+    store = Store(tmp_path, Schema(("things",), 1), initial_map_bytes=256 << 10)
     stop = threading.Event()
 
     def read() -> int:
@@ -107,7 +108,8 @@ def test_a_full_map_grows_and_no_write_is_lost(tmp_path: Path) -> None:
         key = f"{number:04}".encode()
         assert get(store, key) == key * 4096
     store.close()
-    again = Store(tmp_path, ("things",), 1, initial_map_bytes=256 << 10)  # smaller than the file
+    schema = Schema(("things",), 1)
+    again = Store(tmp_path, schema, initial_map_bytes=256 << 10)  # smaller than the file
     assert get(again, b"0599") == b"0599" * 4096
     again.close()
 
@@ -139,7 +141,7 @@ def test_a_cancelled_write_is_not_done(store: Store) -> None:
 
 
 def test_closing_finishes_what_was_submitted(tmp_path: Path) -> None:
-    store = Store(tmp_path, ("things",), 1)
+    store = Store(tmp_path, Schema(("things",), 1))
     futures = [store.submit(put(store, str(n).encode(), b"")) for n in range(100)]
     store.close()
     assert all(future.done() and future.exception() is None for future in futures)
@@ -149,10 +151,10 @@ def test_closing_finishes_what_was_submitted(tmp_path: Path) -> None:
 
 
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:
-    Store(tmp_path, ("things",), 1).close()
+    Store(tmp_path, Schema(("things",), 1)).close()
     with pytest.raises(DirectoryError, match="schema version 1 and this release reads version 2"):
-        Store(tmp_path, ("things",), 2)
-    Store(tmp_path, ("things",), 1).close()  # the refusal let go of the directory
+        Store(tmp_path, Schema(("things",), 2))
+    Store(tmp_path, Schema(("things",), 1)).close()  # the refusal let go of the directory
 
 
 def test_a_directory_has_one_holder_and_no_stale_lock(tmp_path: Path) -> None:
@@ -179,7 +181,8 @@ WRITER = """
 import sys
 from pathlib import Path
 from esper.services.store.engine import Store
-store = Store(Path(sys.argv[1]), ("things",), 1)
+from esper.services.store.opening import Schema
+store = Store(Path(sys.argv[1]), Schema(("things",), 1))
 number = 0
 while True:
     key = str(number).encode()
@@ -199,6 +202,6 @@ def test_nothing_acknowledged_is_lost_to_kill(tmp_path: Path) -> None:
                 break
         writer.kill()
         acknowledged = [300, *map(int, writer.stdout.read().split())][-1]
-    store = Store(tmp_path, ("things",), 1)
+    store = Store(tmp_path, Schema(("things",), 1))
     assert all(get(store, str(n).encode()) == b"x" * 500 for n in range(acknowledged + 1))
     store.close()

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from esper.common.v1 import digest_pb2
 from esper.services.serving.errors import ServiceError
-from esper.services.store.engine import Row
 from esper.services.store.engine import Store
+from esper.services.store.opening import Row
+from esper.services.store.opening import Schema
 from esper.services.store.paging import SCAN_ROWS
 from esper.services.store.paging import decode_token
 from esper.services.store.paging import encode_token
@@ -17,7 +18,7 @@ from esper.services.store.paging import read_page
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    opened = Store(tmp_path_factory.mktemp("s"), ("things",), 1)
+    opened = Store(tmp_path_factory.mktemp("s"), Schema(("things",), 1))
     yield opened
     opened.close()
 

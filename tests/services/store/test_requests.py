@@ -6,6 +6,7 @@ import pytest
 from esper.common.v1 import digest_pb2
 from esper.services.serving.errors import ServiceError
 from esper.services.store.engine import Store
+from esper.services.store.opening import Schema
 from esper.services.store.requests import RequestTable
 from esper.services.store.requests import check_request_id
 from esper.services.store.requests import fingerprint
@@ -13,7 +14,7 @@ from esper.services.store.requests import fingerprint
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(tmp_path, ("requests",), 1)
+    opened = Store(tmp_path, Schema(("requests",), 1))
     yield opened
     opened.close()
 

@@ -9,6 +9,7 @@ from esper.common.v1 import digest_pb2
 from esper.services.serving.errors import ServiceError
 from esper.services.serving.limits import MAX_CHUNK_BYTES
 from esper.services.store.engine import Store
+from esper.services.store.opening import Schema
 from esper.services.urza.blobs import INLINE_BYTES
 from esper.services.urza.blobs import BlobStore
 
@@ -27,7 +28,7 @@ class Opened:
         self.reopen()
 
     def reopen(self) -> None:
-        self.store = Store(self.folder, ("blobs",), 1)
+        self.store = Store(self.folder, Schema(("blobs",), 1))
         self.blobs = BlobStore(self.store, self.folder / "blobs")
 
     def write(self, data: bytes, offset: int = 0) -> digest_pb2.Digest:

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from esper.common.rpc import RpcError
 from esper.plane import connect
 from esper.services.serving.errors import ServiceError
-from esper.services.store.engine import Row
 from esper.services.store.engine import Store
+from esper.services.store.opening import Row
+from esper.services.store.opening import Schema
 from esper.services.urza.library import TABLES as LIBRARY_TABLES
 from esper.services.urza.runs import MAX_BATCH_EVENTS
 from esper.services.urza.runs import TABLES
@@ -103,7 +104,7 @@ def new_history(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[[list[tuple[Timestamp, AnyMessage]]], History]]:
     """Makes histories; each takes the store from the one before."""
-    store = Store(tmp_path_factory.mktemp("runs"), (*LIBRARY_TABLES, *TABLES), 1)
+    store = Store(tmp_path_factory.mktemp("runs"), Schema((*LIBRARY_TABLES, *TABLES), 1))
 
     def clear(row: Row) -> None:
         for table in TABLES:
