@@ -1,11 +1,13 @@
 """Slot calls with the tensors that they need, and what they must compute in nothing but torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from esper import _C
 from esper.kasmina import ops
@@ -45,7 +47,14 @@ class Slot:
         seed = SeedPlan(row=row, offset=offset, width=width, first_param=len(self.params), **kind)
         source = self.x.shape[-1] if seed.source == "input" else width
         shapes = []
-        if seed.family == "bottleneck":
+        positions = self.h.dim() - 2
+        if seed.family == "depthwise":
+            shapes = [(source, 1, *[seed.window] * positions)] + [(source,)] * seed.hidden_bias
+            shapes.append((width, source, *[1] * positions))
+        elif seed.family == "squeeze_excite":
+            shapes = [(seed.rank, source, *[1] * positions)] + [(seed.rank,)] * seed.hidden_bias
+            shapes.append((width, seed.rank, *[1] * positions))
+        elif seed.family == "bottleneck":
             shapes = [(source, seed.rank)] + [(seed.rank,)] * seed.hidden_bias
             shapes += [(source, seed.rank)] * seed.gated + [(seed.rank,)] * seed.gate_bias
             shapes.append((seed.rank, width))
@@ -66,6 +75,8 @@ class Slot:
 
 def seed_function(seed: SeedPlan, source: Tensor, params: list[Tensor]) -> Tensor:
     own = iter(params[seed.first_param : seed.first_param + seed.num_params])
+    if seed.family in ("depthwise", "squeeze_excite"):
+        return spatial_function(seed, source, own)
     if seed.family == "affine":
         g = next(own) * source
     else:
@@ -80,6 +91,28 @@ def seed_function(seed: SeedPlan, source: Tensor, params: list[Tensor]) -> Tenso
             hidden = hidden * gate
         g = hidden @ next(own)
     return g + next(own) if seed.output_bias else g
+
+
+def spatial_function(seed: SeedPlan, source: Tensor, own: Iterator[Tensor]) -> Tensor:
+    convolve = {3: F.conv1d, 4: F.conv2d}[source.dim()]
+    planes = source.movedim(-1, 1)
+    if seed.family == "depthwise":
+        before = convolve(planes, next(own), padding=seed.window // 2, groups=planes.shape[1])
+    else:
+        pooled = planes.mean(dim=tuple(range(2, planes.dim())), keepdim=True)
+        before = convolve(pooled, next(own))
+    if seed.hidden_bias:
+        before = before + column(next(own), planes)
+    g = convolve(ACT[seed.activation](before), next(own))
+    if seed.output_bias:
+        g = g + column(next(own), planes)
+    if seed.family == "squeeze_excite":
+        g = planes * torch.tanh(g)
+    return g.movedim(1, -1)
+
+
+def column(bias: Tensor, planes: Tensor) -> Tensor:
+    return bias.reshape(-1, *[1] * (planes.dim() - 2))
 
 
 def oracle(slot: Slot) -> Tensor:

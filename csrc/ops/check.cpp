@@ -48,6 +48,26 @@ void check_param(const char* name, std::size_t seed, std::int64_t index, at::Ten
                     " but the host's tensors are on ", host.device());
 }
 
+// [first, second] and an axis of `window` for each position axis of the host, as a convolution has it.
+std::vector<std::int64_t> conv_shape(std::int64_t first, std::int64_t second, std::int64_t window,
+                                     const at::Tensor& host) {
+  std::vector<std::int64_t> shape{first, second};
+  shape.resize(static_cast<std::size_t>(host.dim()), window);
+  return shape;
+}
+
+// A spatial seed works on samples of one or two position axes; one that reads x needs x to have the same.
+void check_positions(std::size_t seed, const char* host_name, const at::Tensor& host,
+                     const at::Tensor* x) {
+  TORCH_CHECK_VALUE(host.dim() == 3 || host.dim() == 4, "seed ", seed, " works on positions but ",
+                    host_name, " has shape ", host.sizes(),
+                    " and must be [samples, T, D] or [samples, H, W, D]");
+  TORCH_CHECK_VALUE(x == nullptr || x->sizes().slice(0, static_cast<std::size_t>(x->dim() - 1)) ==
+                                        host.sizes().slice(0, static_cast<std::size_t>(host.dim() - 1)),
+                    "seed ", seed, " works on the positions of x but x has shape ", x->sizes(), " and ",
+                    host_name, " has ", host.sizes());
+}
+
 }  // namespace
 
 SlotCall check_slot(const char* host_name, const at::Tensor& host, const std::optional<at::Tensor>& x,
@@ -59,6 +79,9 @@ SlotCall check_slot(const char* host_name, const at::Tensor& host, const std::op
   call.width = host.size(-1);
   TORCH_CHECK_VALUE(call.width >= 1, host_name, " has no features: its shape is ", host.sizes());
   call.tokens = host.numel() / call.width;
+  if (host.dim() >= 3) {
+    call.positions = {host.size(0), host.size(1), host.dim() == 4 ? host.size(2) : 1};
+  }
 
   TORCH_CHECK_VALUE(scalars.dim() == 2 && scalars.size(1) == 3 && scalars.scalar_type() == at::kFloat &&
                         scalars.device().is_cpu() && scalars.is_contiguous(),
@@ -92,9 +115,11 @@ SlotCall check_slot(const char* host_name, const at::Tensor& host, const std::op
     shape.width = record.in(2, 1, call.width - shape.offset + 1);
     next_column = shape.offset + shape.width;
     shape.source = static_cast<Source>(record.in(3, 0, 2));
-    shape.family = static_cast<Family>(record.in(4, 0, 2));
+    shape.family = static_cast<Family>(record.in(4, 0, kNumFamilies));
     const bool input = shape.source == Source::kInput;
     const bool affine = shape.family == Family::kAffine;
+    const bool squeezes = shape.family == Family::kSqueezeExcite;
+    const bool depthwise = shape.family == Family::kDepthwise;
     TORCH_CHECK_VALUE(!input || has_input, "x is missing but seed ", i, " reads the slot's input");
     shape.source_width = input ? input_width : shape.width;
     if (input) {
@@ -103,10 +128,24 @@ SlotCall check_slot(const char* host_name, const at::Tensor& host, const std::op
       call.reads_output = true;
     }
     shape.activation = static_cast<Activation>(record.in(5, 0, affine ? 1 : kNumActivations));
-    shape.gated = record.in(6, 0, affine ? 1 : 2) != 0;
-    shape.rank = record.in(7, affine ? 0 : 1, affine ? 1 : INT32_MAX);
-    TORCH_CHECK_VALUE(!affine || shape.source_width == shape.width, "plan: affine seed ", i,
-                      " reads ", shape.source_width, " features but its chunk has ", shape.width);
+    shape.gated = record.in(6, 0, shape.family == Family::kBottleneck ? 2 : 1) != 0;
+    if (depthwise) {
+      shape.rank = record.in(7, shape.source_width, shape.source_width + 1);
+    } else {
+      shape.rank = record.in(7, affine ? 0 : 1, affine ? 1 : INT32_MAX);
+    }
+    TORCH_CHECK_VALUE(!(affine || squeezes) || shape.source_width == shape.width, "plan: ",
+                      affine ? "affine" : "squeeze-excite", " seed ", i, " reads ", shape.source_width,
+                      " features but its chunk has ", shape.width);
+    const auto window = record.in(10, depthwise ? 1 : 0, depthwise ? kMaxWindow + 1 : 1);
+    TORCH_CHECK_VALUE(!depthwise || window % 2 == 1, "plan: window of seed ", i, " is ", window,
+                      " but must be odd");
+    const bool spatial = is_spatial(shape.family);
+    if (spatial) check_positions(i, host_name, host, input ? &*x : nullptr);
+    if (depthwise) {
+      shape.window_height = window;
+      shape.window_width = host.dim() == 4 ? window : 1;
+    }
 
     next_param = record.in(8, next_param, next_param + 1);
     const auto biases = record.in(9, 0, 8);
@@ -124,12 +163,19 @@ SlotCall check_slot(const char* host_name, const at::Tensor& host, const std::op
                       params.size(), " tensors but seed ", i, " needs those up to index ",
                       next_param - 1);
     const auto S = shape.source_width, r = shape.rank, d = shape.width;
-    check_param("A", i, index.A, params, {S, r}, host);
+    if (spatial) {
+      const auto first = depthwise ? conv_shape(S, 1, window, host) : conv_shape(r, S, 1, host);
+      check_param("A", i, index.A, params, first, host);
+    } else {
+      check_param("A", i, index.A, params, {S, r}, host);
+    }
     check_param("a", i, index.a, params, {r}, host);
     check_param("G", i, index.G, params, {S, r}, host);
     check_param("c", i, index.c, params, {r}, host);
     if (affine) {
       check_param("w", i, index.B, params, {d}, host);
+    } else if (spatial) {
+      check_param("B", i, index.B, params, conv_shape(d, r, 1, host), host);
     } else {
       check_param("B", i, index.B, params, {r, d}, host);
     }

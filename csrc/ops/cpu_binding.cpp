@@ -5,31 +5,18 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <utility>
 
 #include "kernels/cpu/pack.h"
 #include "kernels/cpu/slot.h"
+#include "ops/memory.h"
 #include "ops/slot.h"
+#include "ops/spatial.h"
 
 namespace esper {
 namespace {
 
 constexpr std::int64_t kGrain = 32768;  // multiply-adds that are worth a worker of their own
-
-struct FreeMemory {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
-// Memory aligned to a cache line, not initialised.
-template <class T>
-std::unique_ptr<T[], FreeMemory> aligned(std::int64_t elements) {
-  const auto bytes = static_cast<std::size_t>(cpu::round_up(elements * std::int64_t{sizeof(T)} + 1, 64));
-  auto* memory = static_cast<T*>(std::aligned_alloc(64, bytes));
-  TORCH_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes of scratch");
-  return std::unique_ptr<T[], FreeMemory>(memory);
-}
 
 // How the tokens are divided: a number of workers, each with consecutive blocks. It depends on the sizes
 // and the number of threads alone, which is what makes results repeatable.
@@ -54,6 +41,7 @@ Division divide(const SlotCall& call) {
   std::int64_t work = call.width;
   for (const auto& seed : call.seeds) {
     const auto& s = seed.shape;
+    if (is_spatial(s.family)) continue;
     work += (s.source_width * (s.gated ? 2 : 1) + s.width) * std::max<std::int64_t>(s.rank, 1);
   }
   const auto blocks = (call.tokens + cpu::kBlock - 1) / cpu::kBlock;
@@ -113,7 +101,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tenso
 
   const auto division = divide(call);
   const auto stride = cpu::round_up(job.scratch, 64);
-  const auto scratch = aligned<T>(stride * division.workers);
+  const auto scratch = aligned_memory<T>(stride * division.workers);
   std::vector<ChunkStats> partial(static_cast<std::size_t>(telemetry ? seeds * division.workers : 0));
   const auto& kernels = cpu::slot_kernels<T>();
   division.run([&](std::int64_t worker, std::int64_t first, std::int64_t last) {
@@ -171,6 +159,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
   job.dx = need_dx ? dx.template mutable_data_ptr<T>() : nullptr;
   for (std::size_t i = 0; i < call.seeds.size(); ++i) {
     auto& seed = job.seeds[i];
+    if (is_spatial(seed.shape.family)) continue;
     if (seed.scalars.alpha_bwd != 0.0f) {
       each_param<T>(call.seeds[i], [&](auto, std::size_t index, std::int64_t, std::int64_t) {
         seed.trains |= need[kNeedParams + index] != 0;
@@ -183,9 +172,9 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
 
   const auto division = divide(call);
   const auto stride = cpu::round_up(job.scratch, 64);
-  const auto scratch = aligned<T>(stride * division.workers);
+  const auto scratch = aligned_memory<T>(stride * division.workers);
   const auto grad_stride = job.grads.empty() ? 0 : cpu::round_up(job.grads.back().end, 64);
-  const auto accumulators = aligned<T>(grad_stride * division.workers);
+  const auto accumulators = aligned_memory<T>(grad_stride * division.workers);
   const auto& kernels = cpu::slot_kernels<T>();
   division.run([&](std::int64_t worker, std::int64_t first, std::int64_t last) {
     T* own = accumulators.get() + worker * grad_stride;
@@ -225,8 +214,11 @@ std::tuple<at::Tensor, at::Tensor> slot_forward_cpu(const at::Tensor& h,
                                                     at::TensorList params, const at::Tensor& scalars,
                                                     at::IntArrayRef plan, bool telemetry) {
   const auto call = check_slot("h", h, x, params, scalars, plan);
-  return call.compute_type == at::kDouble ? forward<double>(call, h, x, params, telemetry)
-                                          : forward<float>(call, h, x, params, telemetry);
+  const auto run = [&] {
+    return call.compute_type == at::kDouble ? forward<double>(call, h, x, params, telemetry)
+                                            : forward<float>(call, h, x, params, telemetry);
+  };
+  return any_spatial(call) ? spatial_forward(call, h, x, params, telemetry, run) : run();
 }
 
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> slot_backward_cpu(
@@ -234,8 +226,11 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> slot_backward_cpu(
     at::TensorList params, const at::Tensor& scalars, at::IntArrayRef plan, at::IntArrayRef need) {
   const auto call = check_slot("dy", dy, x, params, scalars, plan);
   check_backward(call, dy, h, params, need);
-  return call.compute_type == at::kDouble ? backward<double>(call, dy, h, x, params, need)
-                                          : backward<float>(call, dy, h, x, params, need);
+  const auto run = [&] {
+    return call.compute_type == at::kDouble ? backward<double>(call, dy, h, x, params, need)
+                                            : backward<float>(call, dy, h, x, params, need);
+  };
+  return any_spatial(call) ? spatial_backward(call, dy, h, x, params, need, run) : run();
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels/seed.h"
@@ -30,6 +31,7 @@ struct SlotCall {
   std::int64_t width = 0;        // D
   std::int64_t input_width = 0;  // D_in; 0 where no seed reads the input
   bool reads_output = false;
+  Positions positions;  // of calls with three axes or more
   std::vector<PlannedSeed> seeds;
 };
 
@@ -47,16 +49,25 @@ void each_param(const PlannedSeed& seed, Visit visit) {
   using Tensors = SeedTensors<T>;
   const auto& s = seed.shape;
   const auto& p = seed.params;
-  const auto rows_B = s.family == Family::kAffine ? std::int64_t{1} : s.rank;
+  std::int64_t rows_A = s.source_width, columns_A = s.rank, rows_B = s.rank, columns_B = s.width;
+  if (s.family == Family::kAffine) rows_B = 1;
+  if (is_spatial(s.family)) {
+    std::swap(rows_B, columns_B);
+    if (s.family == Family::kSqueezeExcite) {
+      std::swap(rows_A, columns_A);
+    } else {
+      columns_A = s.window_height * s.window_width;
+    }
+  }
   const auto call = [&visit](T* Tensors::*member, std::int64_t index, std::int64_t rows,
                              std::int64_t columns) {
     if (index >= 0) visit(member, static_cast<std::size_t>(index), rows, columns);
   };
-  call(&Tensors::A, p.A, s.source_width, s.rank);
+  call(&Tensors::A, p.A, rows_A, columns_A);
   call(&Tensors::a, p.a, 1, s.rank);
   call(&Tensors::G, p.G, s.source_width, s.rank);
   call(&Tensors::c, p.c, 1, s.rank);
-  call(&Tensors::B, p.B, rows_B, s.width);
+  call(&Tensors::B, p.B, rows_B, columns_B);
   call(&Tensors::b, p.b, 1, s.width);
 }
 

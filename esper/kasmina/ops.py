@@ -5,12 +5,17 @@ With `h` the slot's output, `C_s` the chunk of seed s and `src` its source, one 
     y[..., C_s] = h[..., C_s] + alpha_fwd_s * g_s(src)
 
 for all computing seeds of a slot, where g_s is a bottleneck `act(src A + a) B + b`, the same with a
-gate `(act(src A + a) * (src G + c)) B + b`, or affine `w * src + b`. Backward sends `dy` to `h`
+gate `(act(src A + a) * (src G + c)) B + b`, affine `w * src + b`, or one of the spatial families,
+whose tokens are positions of samples: squeeze-excite `src * tanh(B act(A mean(src) + a) + b)` with
+the mean over a sample's positions (Hu et al., arXiv 1709.01507; 1 + tanh z is 2 sigmoid 2z, a gate
+that is 1 at birth), and depthwise `B act(A (*) src + a) + b`, where each feature is correlated with
+a window of its own and the features are mixed by a product. Backward sends `dy` to `h`
 unchanged, `alpha_bwd_s * dg/dparams` to the seed's parameters and `gamma_s * dg/dsrc` to its
 source. Where every gamma is 0 the gradient of `h` is `dy` itself; parameters of a seed whose
 alpha_bwd is 0 get no gradient at all, so that an optimizer leaves them alone. (A graph traced by
 torch.compile must hold for every later value of the scalars, so there they get zeros.) A token for
-which g_s is not finite keeps `h` in that chunk and takes no part in any gradient.
+which g_s is not finite keeps `h` in that chunk and takes no part in any gradient; so does one whose
+pre-activations are not finite in a spatial seed, and in squeeze-excite the whole sample with it.
 """
 
 from collections.abc import Callable
@@ -25,10 +30,13 @@ from torch.utils.flop_counter import register_flop_formula
 from esper import _C
 
 SOURCES = ("output", "input")
-FAMILIES = ("bottleneck", "affine")
+FAMILIES = ("bottleneck", "affine", "squeeze_excite", "depthwise")
 ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")
 
 PLAN_WIDTH = len(_C.PLAN_FIELDS)
+_FAMILY = _C.PLAN_FIELDS.index("family")
+_FIRST_PARAM = _C.PLAN_FIELDS.index("first_param")
+_SPATIAL = ("squeeze_excite", "depthwise")
 NUM_STATS = len(_C.STATS_COLUMNS)
 
 
@@ -43,16 +51,19 @@ class SeedPlan:
         offset: First feature of its chunk. Seeds come in ascending order without overlap.
         width: Features of its chunk, d.
         source: `output` (its chunk of h, S = d) or `input` (the slot's input x, S = D_in).
-        family: `bottleneck` or `affine`.
+        family: One of `FAMILIES`.
         first_param: Index of its first tensor in `params`. Its tensors are, in this order, those in
             parentheses where the seed has them: A [S, r], (a [r]), (G [S, r]), (c [r]), B [r, d],
-            (b [d]); of an affine seed w [d], (b [d]).
+            (b [d]); of an affine seed w [d], (b [d]); of squeeze-excite A [r, S, 1...], (a [r]),
+            B [d, r, 1...], (b [d]); of depthwise A [S, 1, window...], (a [S]), B [d, S, 1...],
+            (b [d]), with an axis for each position axis.
         activation: One of `ACTIVATIONS`; `identity` for affine.
-        rank: Width r of the hidden layer, from 1 up; 0 for affine.
+        rank: Width r of the hidden layer, from 1 up; 0 for affine, S for depthwise.
         gated: Whether it has a gate G.
         hidden_bias: Whether it has a.
         gate_bias: Whether it has c.
         output_bias: Whether it has b.
+        window: Side of a depthwise seed's window, odd, at most 31; 0 for the other families.
     """
 
     row: int
@@ -67,14 +78,13 @@ class SeedPlan:
     hidden_bias: bool = False
     gate_bias: bool = False
     output_bias: bool = False
+    window: int = 0
 
     @property
     def num_params(self) -> int:
         """How many tensors of `params` are this seed's."""
-        bottleneck = self.family == "bottleneck"
-        return (
-            1 + bottleneck + sum((self.gated, self.hidden_bias, self.gate_bias, self.output_bias))
-        )
+        products = 1 if self.family == "affine" else 2
+        return products + sum((self.gated, self.hidden_bias, self.gate_bias, self.output_bias))
 
     def pack(self) -> list[int]:
         """Returns the seed's record of the plan, in the order of `_C.PLAN_FIELDS`.
@@ -93,6 +103,7 @@ class SeedPlan:
             self.rank,
             self.first_param,
             self.hidden_bias + 2 * self.gate_bias + 4 * self.output_bias,
+            self.window,
         ]
 
 
@@ -113,7 +124,8 @@ def slot_forward(
     """Runs all computing seeds of a slot; differentiable once.
 
     Args:
-        h: The slot's output, [..., D], in float32, float64, bfloat16 or float16.
+        h: The slot's output, [..., D], in float32, float64, bfloat16 or float16; [samples, T, D]
+            or [samples, H, W, D] where a seed is spatial.
         x: The slot's input, [..., D_in] with as many tokens; None where no seed reads it.
         params: The seeds' tensors, of float32 or the type of `h`.
         scalars: alpha_fwd, alpha_bwd and gamma, [rows, 3] in float32 on the CPU. Read during the
@@ -122,7 +134,8 @@ def slot_forward(
         telemetry: Whether to measure the chunks.
 
     Returns:
-        y [..., D], contiguous, and the statistics [seeds, len(_C.STATS_COLUMNS)] in float64, with
+        y [..., D], contiguous, or laid out as a convolution's output where `h` is so and a seed is
+        spatial, and the statistics [seeds, len(_C.STATS_COLUMNS)] in float64, with
         no rows where `telemetry` is False.
 
     Raises:
@@ -160,6 +173,23 @@ def scale_grad(tensor: Tensor, scale: float) -> Tensor:
 # ---------------------------------------------------------------- tracing
 
 
+def _any_spatial(plan: Sequence[int]) -> bool:
+    return any(FAMILIES[family] in _SPATIAL for family in plan[_FAMILY::PLAN_WIDTH])
+
+
+def _in_planes(tensor: Tensor) -> bool:
+    """Whether positions lie side by side and features apart, as a convolution leaves them."""
+    if tensor.dim() < 3 or tensor.is_contiguous():
+        return False
+    return tensor.movedim(-1, 1).is_contiguous()
+
+
+def _empty(like: Tensor, planes: bool) -> Tensor:
+    if not planes:
+        return like.new_empty(like.shape)
+    return like.new_empty(like.movedim(-1, 1).shape).movedim(1, -1)
+
+
 def _fake_forward(
     h: Tensor,
     x: Tensor | None,
@@ -169,7 +199,8 @@ def _fake_forward(
     telemetry: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = len(plan) // PLAN_WIDTH if telemetry else 0
-    return h.new_empty(h.shape), h.new_empty((rows, NUM_STATS), dtype=torch.float64)
+    y = _empty(h, planes=_any_spatial(plan) and _in_planes(h))
+    return y, h.new_empty((rows, NUM_STATS), dtype=torch.float64)
 
 
 def _fake_backward(
@@ -181,8 +212,9 @@ def _fake_backward(
     plan: Sequence[int],
     need: Sequence[int],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    dh = dy.new_empty(dy.shape if need[0] else (0,))
-    dx = dy.new_empty((0,)) if x is None or not need[1] else x.new_empty(x.shape)
+    planes = _any_spatial(plan) and _in_planes(dy if h is None else h)
+    dh = _empty(dy, planes) if need[0] else dy.new_empty((0,))
+    dx = dy.new_empty((0,)) if x is None or not need[1] else _empty(x, planes)
     dparams = [
         p.new_empty(p.shape if wanted else (0,)) for p, wanted in zip(params, need[2:], strict=True)
     ]
@@ -197,15 +229,27 @@ torch.library.register_fake("esper::slot_backward", _fake_backward)
 
 
 def _records(
-    tokens: int, x: Tensor | None, scalars: Tensor, plan: Sequence[int]
+    host: Tensor, x: Tensor | None, scalars: Tensor, plan: Sequence[int]
 ) -> list[tuple[int, int, bool, tuple[float, float, float]]]:
     """For each seed: multiply-adds into hidden and into g, whether it reads x, and its scalars."""
+    tokens = host.numel() // host.shape[-1]
     records = []
     for start in range(0, len(plan), PLAN_WIDTH):
-        row, _, width, source, family, _, gated, rank, _, _ = plan[start : start + PLAN_WIDTH]
+        row, _, width, source, family, _, gated, rank, _, _, window = plan[
+            start : start + PLAN_WIDTH
+        ]
         source_width = x.shape[-1] if source and x is not None else width
-        down = 0 if family else tokens * source_width * rank * (1 + gated)
-        up = tokens * width * (1 if family else rank)
+        match FAMILIES[family]:
+            case "affine":
+                down, up = 0, tokens * width
+            case "squeeze_excite":
+                down = up = host.shape[0] * width * rank
+            case "depthwise":
+                down = tokens * rank * window ** (host.dim() - 2)
+                up = tokens * rank * width
+            case _:
+                down = tokens * source_width * rank * (1 + gated)
+                up = tokens * width * rank
         # Values of a traced tensor are unknown: every part is then counted as done.
         values = (1.0, 1.0, 1.0) if is_fake(scalars) else tuple(scalars[row].tolist())
         records.append((down, up, bool(source), values))
@@ -222,10 +266,9 @@ def _forward_flops(
     telemetry: bool,
     out_val: object = None,
 ) -> int:
-    tokens = h.numel() // h.shape[-1]
     return sum(
         2 * (down + up)
-        for down, up, _, (alpha_fwd, _, _) in _records(tokens, x, scalars, plan)
+        for down, up, _, (alpha_fwd, _, _) in _records(h, x, scalars, plan)
         if telemetry or alpha_fwd != 0.0
     )
 
@@ -241,10 +284,9 @@ def _backward_flops(
     need: Sequence[int],
     out_val: object = None,
 ) -> int:
-    tokens = dy.numel() // dy.shape[-1]
-    bounds = [*plan[PLAN_WIDTH - 2 :: PLAN_WIDTH], len(params)]
+    bounds = [*plan[_FIRST_PARAM::PLAN_WIDTH], len(params)]
     total = 0
-    for i, (down, up, reads_x, values) in enumerate(_records(tokens, x, scalars, plan)):
+    for i, (down, up, reads_x, values) in enumerate(_records(dy, x, scalars, plan)):
         _, alpha_bwd, gamma = values
         trains = alpha_bwd != 0.0 and any(need[2 + bounds[i] : 2 + bounds[i + 1]])
         sends = gamma != 0.0 and bool(need[1 if reads_x else 0])

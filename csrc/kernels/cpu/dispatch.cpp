@@ -1,11 +1,14 @@
 #include "kernels/cpu/slot.h"
+#include "kernels/cpu/spatial.h"
 
 namespace esper::cpu {
 
-#define ESPER_DECLARE(isa)                       \
-  namespace isa {                                \
-  extern const SlotKernels<float> kFloatKernels; \
-  extern const SlotKernels<double> kDoubleKernels; \
+#define ESPER_DECLARE(isa)                           \
+  namespace isa {                                    \
+  extern const SlotKernels<float> kFloatKernels;     \
+  extern const SlotKernels<double> kDoubleKernels;   \
+  extern const SpatialKernels<float> kFloatSpatial;  \
+  extern const SpatialKernels<double> kDoubleSpatial; \
   }
 
 ESPER_DECLARE(portable)
@@ -33,6 +36,16 @@ const SlotKernels<float>& slot_kernels<float>() {
 template <>
 const SlotKernels<double>& slot_kernels<double>() {
   ESPER_CHOOSE(kDoubleKernels)
+}
+
+template <>
+const SpatialKernels<float>& spatial_kernels<float>() {
+  ESPER_CHOOSE(kFloatSpatial)
+}
+
+template <>
+const SpatialKernels<double>& spatial_kernels<double>() {
+  ESPER_CHOOSE(kDoubleSpatial)
 }
 
 }  // namespace esper::cpu
