@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
@@ -46,6 +47,8 @@ class Slot:
     def add(self, offset: int, width: int, row: int, **kind) -> None:
         seed = SeedPlan(row=row, offset=offset, width=width, first_param=len(self.params), **kind)
         source = self.x.shape[-1] if seed.source == "input" else width
+        if seed.family == "depthwise":
+            seed = replace(seed, rank=source)
         shapes = []
         positions = self.h.dim() - 2
         if seed.family == "depthwise":
@@ -130,37 +133,70 @@ def oracle(slot: Slot) -> Tensor:
     return y
 
 
+LEADS = [(1,), (3,), (0,), (65,), (2, 70), (3, 0, 2), (1, 1), (2, 5, 4), (3, 1, 9), (1, 12, 17)]
+
+
+@st.composite
+def kinds(draw, positions: bool, source_is_wide: bool):
+    """What a seed computes, as fields of its plan.
+
+    `positions`: whether the slot has samples of positions; torch convolves no empty ones.
+    `source_is_wide`: whether the slot's input has as many features as the seed's chunk.
+    """
+    families = ["bottleneck", "bottleneck", "affine"]
+    if positions:
+        families += ["squeeze_excite", "depthwise"]
+    family = draw(st.sampled_from(families))
+    gated = family == "bottleneck" and draw(st.booleans())
+    elementwise = family in ("affine", "squeeze_excite")
+    kind = {"family": family, "output_bias": draw(st.booleans())}
+    kind["source"] = draw(
+        st.sampled_from(("output",) if elementwise and not source_is_wide else ops.SOURCES)
+    )
+    if family == "affine":
+        return kind
+    if family == "depthwise":
+        kind["window"] = draw(st.sampled_from([1, 3, 5]))
+    return kind | {
+        "activation": draw(st.sampled_from(ops.ACTIVATIONS)),
+        "rank": draw(st.integers(1, 40)),
+        "hidden_bias": draw(st.booleans()),
+        "gated": gated,
+        "gate_bias": gated and draw(st.booleans()),
+    }
+
+
 @st.composite
 def slots(draw, dtype=torch.float32, states=None):
+    """Slots of any shape and layout, with up to four seeds of any family side by side."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    lead = draw(st.sampled_from([(1,), (3,), (0,), (65,), (2, 70), (3, 0, 2)]))
+    lead = draw(st.sampled_from(LEADS))
     input_width = draw(st.integers(1, 40))
     count = draw(st.integers(1, 4))
     widths = draw(st.lists(st.integers(1, 70), min_size=count, max_size=count))
     gaps = draw(st.lists(st.integers(0, 3), min_size=count + 1, max_size=count + 1))
     total = sum(widths) + sum(gaps)
-    h, x = torch.randn(*lead, total, dtype=dtype), torch.randn(*lead, input_width, dtype=dtype)
+    layout = draw(st.sampled_from(["features last", "channels first"]))
+    h, x = (
+        laid_out(torch.randn(*lead, width, dtype=dtype), layout) for width in (total, input_width)
+    )
     chosen = draw(st.lists(st.sampled_from(states or STATES), min_size=count, max_size=count))
     slot = Slot(h, x, torch.tensor(chosen))
     offset = 0
     for i, width in enumerate(widths):
         offset += gaps[i]
-        if draw(st.integers(0, 4)) == 0:
-            kind = {"source": "output", "family": "affine"}
-        else:
-            gated = draw(st.booleans())
-            kind = {
-                "source": draw(st.sampled_from(ops.SOURCES)),
-                "family": "bottleneck",
-                "activation": draw(st.sampled_from(ops.ACTIVATIONS)),
-                "rank": draw(st.integers(1, 40)),
-                "hidden_bias": draw(st.booleans()),
-                "gated": gated,
-                "gate_bias": gated and draw(st.booleans()),
-            }
-        slot.add(offset, width, i, output_bias=draw(st.booleans()), **kind)
+        slot.add(
+            offset, width, i, **draw(kinds(h.dim() >= 3 and h.numel() > 0, width == input_width))
+        )
         offset += width
     return slot
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The tensor [samples, positions..., features] with the strides of a convolution's output."""
+    if layout == "features last" or tensor.dim() < 3:
+        return tensor
+    return tensor.movedim(-1, 1).contiguous().movedim(1, -1)
 
 
 def small_slot(state=FULL, dtype=torch.float32, tokens=(130,)) -> Slot:

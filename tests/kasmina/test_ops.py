@@ -33,6 +33,16 @@ def test_float64_matches_the_oracle(slot):
     check_against_oracle(slot)
 
 
+@pytest.mark.parametrize("family", ["squeeze_excite", "depthwise"])
+def test_no_positions_give_no_gradient(family):
+    slot = Slot(torch.zeros(2, 0, 4, 6), torch.zeros(2, 0, 4, 6), torch.tensor([FULL]))
+    slot.add(0, 6, 0, source="output", family=family, rank=3, window=3 * (family == "depthwise"))
+    slot = slot.with_grad()
+    y, _ = slot.run(telemetry=True)
+    y.sum().backward()
+    assert y.shape == slot.h.shape and all(not p.grad.any() for p in slot.params)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_hosts_accumulate_in_float32(dtype):
     slot = small_slot(GRAFTING)

@@ -172,7 +172,7 @@ def replaced(plan: list[int], seed: int, name: str, value: int) -> list[int]:
         ("width", 2, 10),  # beyond the last feature
         ("width", 0, 0),
         ("source", 0, 2),
-        ("family", 0, 2),
+        ("family", 0, 4),
         ("activation", 0, 5),
         ("activation", 2, 1),  # affine has none
         ("gated", 0, 2),
@@ -180,6 +180,7 @@ def replaced(plan: list[int], seed: int, name: str, value: int) -> list[int]:
         ("rank", 2, 1),
         ("first_param", 1, 3),
         ("biases", 0, 8),
+        ("window", 0, 3),  # a bottleneck has none
     ],
 )
 def test_a_bad_plan_names_the_field(name, seed, value):
