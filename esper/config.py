@@ -37,13 +37,81 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GrowthConfig:
+    """When and where to grow, and when to stop. The controller carries it out.
+
+    Attributes:
+        when: ``periodic``: at an interval that stretches as the gap between training and held-out
+            loss grows (FRAGrow, AAAI 2024). ``early``: in every epoch in which there is room.
+            ``plateau``: when the training loss has fallen by less than 1 % in an epoch.
+        where: ``residual``: where the part of the wanted update that the host cannot express itself
+            is largest per operation (TINY, arXiv 2405.19816; SENN, arXiv 2307.04526).
+            ``gradient``: where a virtual seed has the largest gradient (SensLI). ``random``: at a
+            drawn place, whatever its score; the control of the other two.
+        stop: ``pareto``: when the next seed promises less held-out loss per operation than
+            ``BudgetConfig.min_gain_per_mflop``, going by the trials so far. ``never``: budgets and
+            the accept test alone end growth.
+        first_epoch: First epoch that may grow; before it the scores mean nothing.
+        max_interval_epochs: Longest interval between germinations of ``periodic``, in epochs.
+        reserved_share: Share of the run at its end that never grows; from 0 to below 1.
+        min_score_ratio: Least growth score over its null; 1 is what noise looks like.
+        max_live: Most seeds under way at a time.
+        max_slot_growth: Most parameters of a kernel over those of the slot with its grafts.
+        rest_epochs: Epochs that a seed rests after its graft was refused, times the number of
+            refusals: trials spend the run's significance, so none is repeated in a hurry.
+        seed: Seed of what is drawn at random.
+    """
+
+    when: str = "periodic"
+    where: str = "residual"
+    stop: str = "pareto"
+    first_epoch: int = 1
+    max_interval_epochs: int = 8
+    reserved_share: float = 1.0 / 6.0
+    min_score_ratio: float = 1.5
+    max_live: int = 2
+    max_slot_growth: float = 1.0
+    rest_epochs: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("when", ("periodic", "early", "plateau")),
+            ("where", ("residual", "gradient", "random")),
+            ("stop", ("pareto", "never")),
+        ):
+            value = getattr(self, name)
+            _require(value in choices, name, value, f"it must be one of {', '.join(choices)}")
+        for name in ("first_epoch", "rest_epochs"):
+            value = getattr(self, name)
+            _require(value >= 0, name, value, "it must be at least 0 epochs")
+        for name in ("max_interval_epochs", "max_live"):
+            value = getattr(self, name)
+            _require(value >= 1, name, value, "it must be at least 1")
+        for name in ("min_score_ratio", "max_slot_growth"):
+            value = getattr(self, name)
+            _require(value >= 0, name, value, "it must be at least 0")
+        _require(
+            0 <= self.reserved_share < 1,
+            "reserved_share",
+            self.reserved_share,
+            "it must be at least 0 and below 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GraftConfig:
     """How a germinated seed is brought in where the controller's decision does not say.
 
     Attributes:
+        fan_in: How the weights that read the source are born. ``blueprint``: as the blueprint says,
+            at random. ``singular``: along the leading directions of the source that the wanted
+            update asks for, mixed at random, with the blueprint's scale; for low-rank and
+            bottleneck kernels. The weights that write are zero at birth either way.
         training_steps: Length of the isolated warm-up, in optimizer steps. 0 skips it.
         ramp_steps: Length of the alpha ramp, in optimizer steps; at least 1.
-        ramp: Curve of the ramp: ``linear``, ``cosine``, ``sigmoid`` or ``drift``.
+        ramp: Curve of the ramp: ``linear``, ``cosine``, ``sigmoid`` or ``drift``; ``none`` puts the
+            seed in at alpha 1, where it trains with the host for ``ramp_steps``.
         stabilization_steps: Steps at alpha 1 with the seed held still before its trial.
         fine_tuning_steps: Steps that seed and host train together between a passed trial and
             fossilisation. 0 fossilises at once.
@@ -52,6 +120,7 @@ class GraftConfig:
         freeze_fossils: Hold fossilised seeds still instead of training on.
     """
 
+    fan_in: str = "blueprint"
     training_steps: int = 20
     ramp_steps: int = 20
     ramp: str = "cosine"
@@ -66,7 +135,11 @@ class GraftConfig:
             value = getattr(self, name)
             _require(value >= 0, name, value, "it must be at least 0 steps")
         _require(self.ramp_steps >= 1, "ramp_steps", self.ramp_steps, "it must be at least 1 step")
-        curves = ("linear", "cosine", "sigmoid", "drift")
+        births = ("blueprint", "singular")
+        _require(
+            self.fan_in in births, "fan_in", self.fan_in, f"it must be one of {', '.join(births)}"
+        )
+        curves = ("linear", "cosine", "sigmoid", "drift", "none")
         _require(self.ramp in curves, "ramp", self.ramp, f"it must be one of {', '.join(curves)}")
         _require(
             self.learning_rate_scale > 0,
@@ -110,9 +183,14 @@ class EsperConfig:
     Attributes:
         candidates: Blueprints that growth may choose.
         graft: How a seed is brought in.
+        growth: When and where to grow, and when to stop.
         budget: What growth may cost.
+        accept: ``paired``: a seed is kept if held-out data shows that it pays. ``always``: whatever
+            the trial says; the control of the accept test.
         significance: Level of the held-out accept test over the whole run; each trial gets its
             share. Above 0 and below 1.
+        evaluation_interval: Every how many epochs the held-out loss is measured; trials are held
+            when they are due, and the last epoch is always measured.
         telemetry_interval: Every how many training forwards telemetry is sampled.
         lockstep_timeout_s: Longest wait for the plane in ``lockstep`` mode, in seconds; a plane
             that is slower, or away for longer, counts as dead.
@@ -123,8 +201,11 @@ class EsperConfig:
         Candidate(blueprint="bottleneck"),
     )
     graft: GraftConfig = field(default_factory=GraftConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    accept: str = "paired"
     significance: float = 0.05
+    evaluation_interval: int = 1
     telemetry_interval: int = 8
     lockstep_timeout_s: float = 120.0
 
@@ -134,6 +215,16 @@ class EsperConfig:
             "significance",
             self.significance,
             "it must be above 0 and below 1",
+        )
+        tests = ("paired", "always")
+        _require(
+            self.accept in tests, "accept", self.accept, f"it must be one of {', '.join(tests)}"
+        )
+        _require(
+            self.evaluation_interval >= 1,
+            "evaluation_interval",
+            self.evaluation_interval,
+            "it must be at least 1 epoch",
         )
         _require(
             self.telemetry_interval >= 1,

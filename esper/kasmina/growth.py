@@ -46,11 +46,15 @@ class Score:
         source: What the candidate features read.
         score: Norm of the residual per sampled step and feature.
         null_score: Root mean square of the same over all orders of the gradient's rows.
+        gradient_score: Norm of P, from which nothing is taken away, in the same units.
+        gradient_null_score: The null of that.
     """
 
     source: blueprint_pb2.SeedSource
     score: float
     null_score: float
+    gradient_score: float
+    gradient_null_score: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,11 @@ class _Block:
         z = z / z.square().mean().sqrt().clamp_min(1e-12)
         phi_NF = _centred(torch.relu(z @ self._omega_ZF + self._offset_F))
         return phi_NF / phi_NF.square().mean().sqrt().clamp_min(1e-12)
+
+    def to_source(self, weights_Fk: Tensor) -> Tensor:
+        """Returns the directions of the source that sums of features look along, [Z, k]."""
+        directions: Tensor = self._omega_ZF @ weights_Fk
+        return directions
 
 
 class GrowthProbe:
@@ -264,26 +273,61 @@ class GrowthProbe:
         """Returns the scores of every dormant seed; empty where nothing was measured."""
         if self._num_steps == 0:
             return {}
-        s_XX = self._s_XX.double()
-        if len(s_XX):
-            ridge = _RIDGE * s_XX.diagonal().mean().clamp_min(1e-12)
-            s_XX = s_XX + ridge * torch.eye(len(s_XX), dtype=s_XX.dtype, device=s_XX.device)
         result: dict[int, list[Score]] = {seed: [] for seed in self.dormant}
         for block in self._blocks:
-            q_FX = block.q_FX.double()
-            fit_XF = torch.linalg.solve(s_XX, q_FX.T) if len(s_XX) else q_FX.T
-            begin, end = block.targets
-            r_FD = block.p_FD.double() - fit_XF.T @ self._m_XD[:, begin:end].double()
-            # Share of the features' energy that the host's own input does not explain.
-            explained = (2.0 * (q_FX * fit_XF.T).sum() - (fit_XF * (s_XX @ fit_XF)).sum()).item()
-            share = max(0.0, 1.0 - explained / max(block.energy.item(), 1e-12))
+            r_FD, share = self._residual(block)
+            begin, _ = block.targets
+            unit = r_FD.shape[0] ** 0.5 * self._num_steps
             for seed, bounds in self._seeds_of(block):
-                residual = r_FD[:, bounds[0] - begin : bounds[1] - begin].norm().item()
+                chunk = slice(bounds[0] - begin, bounds[1] - begin)
                 energy = self._v_energy_D[bounds[0] : bounds[1]].double().sum().item()
-                score = residual / r_FD.shape[0] ** 0.5 / self._num_steps
-                null_score = (share * energy) ** 0.5 / self._num_steps
-                result[seed].append(Score(block.source, score, null_score))
+                score = Score(
+                    source=block.source,
+                    score=r_FD[:, chunk].norm().item() / unit,
+                    null_score=(share * energy) ** 0.5 / self._num_steps,
+                    gradient_score=block.p_FD[:, chunk].double().norm().item() / unit,
+                    gradient_null_score=energy**0.5 / self._num_steps,
+                )
+                result[seed].append(score)
         return result
+
+    def directions(self, seed: int, source: blueprint_pb2.SeedSource) -> Tensor | None:
+        """Returns the directions of a seed's source that the wanted update asks for most.
+
+        They are the left singular vectors of R, mapped back through the random features, each
+        scaled by its singular value; float32 [Z, k] with k at most the chunk's width.
+
+        Args:
+            seed: A dormant seed.
+            source: What it would read.
+
+        Returns:
+            The directions; ``None`` where nothing was measured.
+        """
+        for block in self._blocks:
+            for index, bounds in self._seeds_of(block):
+                if (index, block.source) == (seed, source) and self._num_steps > 0:
+                    begin, _ = block.targets
+                    r_FD, _ = self._residual(block)
+                    chunk = r_FD[:, bounds[0] - begin : bounds[1] - begin]
+                    left_Fk, values_k, _ = torch.linalg.svd(chunk, full_matrices=False)
+                    directions: Tensor = block.to_source(left_Fk.float()) * values_k.float()
+                    return directions
+        return None
+
+    def _residual(self, block: _Block) -> tuple[Tensor, float]:
+        """Returns R in float64 and the share of the features' energy outside the host's input."""
+        s_XX, q_FX = self._s_XX.double(), block.q_FX.double()
+        begin, end = block.targets
+        p_FD = block.p_FD.double()
+        if len(s_XX) == 0:
+            return p_FD, 1.0
+        ridge = _RIDGE * s_XX.diagonal().mean().clamp_min(1e-12)
+        s_XX = s_XX + ridge * torch.eye(len(s_XX), dtype=s_XX.dtype, device=s_XX.device)
+        fit_XF = torch.linalg.solve(s_XX, q_FX.T)
+        r_FD = p_FD - fit_XF.T @ self._m_XD[:, begin:end].double()
+        explained = (2.0 * (q_FX * fit_XF.T).sum() - (fit_XF * (s_XX @ fit_XF)).sum()).item()
+        return r_FD, max(0.0, 1.0 - explained / max(block.energy.item(), 1e-12))
 
     def _seeds_of(self, block: _Block) -> Iterator[tuple[int, tuple[int, int]]]:
         for seed, bounds in self.dormant.items():

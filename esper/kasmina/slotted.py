@@ -273,6 +273,27 @@ class SlottedModel(nn.Module):
             for signal in drain_signals(layer, self._bank, position, epoch)
         ]
 
+    def growth_directions(
+        self, slot: str, seed: int, source: blueprint_pb2.SeedSource
+    ) -> Tensor | None:
+        """Returns the directions of a seed's source that the wanted update asks for most.
+
+        They belong to the epoch that ``collect_signals`` was last called for.
+
+        Args:
+            slot: Name of the slot.
+            seed: A seed that was dormant then.
+            source: What it would read.
+
+        Returns:
+            Directions, each scaled by how much of the update it carries, float32
+            [source width, k]; None where nothing was measured.
+        """
+        telemetry = self.slots[slot].telemetry
+        if telemetry is None or telemetry.last_growth is None:
+            return None
+        return telemetry.last_growth.directions(seed, source)
+
     def runtime(self) -> ModelRuntime:
         """Returns what the model has lived through; call it between steps."""
         slots = {name: runtime_of(layer) for name, layer in self.slots.items()}

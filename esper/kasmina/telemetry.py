@@ -78,6 +78,7 @@ class SlotTelemetry:
     def __init__(self, bounds: Sequence[Bounds]) -> None:
         self._bounds = tuple(bounds)
         self.growth: GrowthProbe | None = None
+        self.last_growth: GrowthProbe | None = None  # as it was drained last
         self._reset()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SlotTelemetry":
@@ -226,6 +227,9 @@ class SlotTelemetry:
                     continue
                 message = signals[seed].growth_scores.add(source=score.source, score=score.score)
                 _set(message, "null_score", _finite(score.null_score))
+                _set(message, "gradient_score", _finite(score.gradient_score))
+                _set(message, "gradient_null_score", _finite(score.gradient_null_score))
+        self.last_growth = self.growth
         self.growth = None
         self._reset()
         return signals

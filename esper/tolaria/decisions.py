@@ -11,6 +11,7 @@ from esper.kasmina import MorphableModel
 from esper.kasmina import SeedLifecycleState
 from esper.kasmina import lifecycle
 from esper.tamiyo.v1 import controller_pb2
+from esper.tolaria.births import singular_weights
 from esper.tolaria.cost import TrainingCost
 from esper.tolaria.link import Advice
 from esper.tolaria.protocol import GraftProtocol
@@ -102,12 +103,17 @@ class Decisions:
             )
         self._model.seed_state(decision.slot, decision.seed)  # refuses a slot that is not there
         self._check_budget(decision.slot, kernel)
+        weights = advice.weights
+        if weights is None and self._config.graft.fan_in == "singular":
+            source = kernel.signature.source
+            directions = self._model.growth_directions(decision.slot, decision.seed, source)
+            weights = singular_weights(kernel, directions, f"{decision.slot}/{decision.seed}")
         self._protocol.germinate(
             decision.slot,
             decision.seed,
             decision.kernel,
             kernel,
-            advice.weights,
+            weights,
             plan,
             decision.explanation,
         )

@@ -128,7 +128,9 @@ def _grow(
     progress: Progress,
 ) -> tuple[Arm, History]:
     def show(record: EpochRecord) -> None:
-        text = f"{record.parameters} parameters, held-out loss {record.held_out_loss:.3f}"
+        text = f"{record.parameters} parameters"
+        if record.held_out_loss is not None:
+            text += f", held-out loss {record.held_out_loss:.3f}"
         progress(GROWN, (record.epoch + 1) / epochs, text)
 
     started = time.perf_counter()

@@ -68,7 +68,8 @@ class EpochRecord:
         epoch: The epoch, from 0.
         step: Optimizer steps taken by its end.
         train_loss: Mean training loss; ``None`` if the user did not tell.
-        held_out_loss: Mean held-out loss at its end, after the verdicts.
+        held_out_loss: Mean held-out loss at its end, after the verdicts; ``None`` in an epoch that
+            does not measure it.
         parameters: Trainable elements of the model at its end.
         flops: Floating-point operations spent by its end, trials and probes included.
         alphas: Alpha of every seed that holds a kernel, by (slot, seed).
@@ -77,7 +78,7 @@ class EpochRecord:
     epoch: int
     step: int
     train_loss: float | None
-    held_out_loss: float
+    held_out_loss: float | None
     parameters: int
     flops: int
     alphas: Mapping[tuple[str, int], float]
@@ -88,11 +89,12 @@ class EpochRecord:
             run=run,
             epoch=self.epoch,
             step=self.step,
-            held_out_loss=self.held_out_loss,
             num_parameters=self.parameters,
         )
         if self.train_loss is not None:
             event.train_loss = self.train_loss
+        if self.held_out_loss is not None:
+            event.held_out_loss = self.held_out_loss
         return event
 
 

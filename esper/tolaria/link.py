@@ -181,6 +181,7 @@ class PlaneLink:
         self._graph: signal_pb2.HostGraph | None = None
         self._plane: Plane | None = None
         self._compiled: dict[bytes, kernel_pb2.KernelSignature] = {}
+        self._kernels: dict[str, None] = {}  # names of what was compiled for this run
         self._deployed: set[str] = set()
         self._arrived = threading.Condition()
         self._advice: list[Advice] = list(state.pending)
@@ -367,7 +368,7 @@ class PlaneLink:
 
     def _compile(self, signature: kernel_pb2.KernelSignature, plane: Plane) -> None:
         for candidate in self._candidates:
-            _compile_candidate(candidate, signature, plane)
+            self._kernels.update(dict.fromkeys(_compile_candidate(candidate, signature, plane)))
 
     def _advise(self, plane: Plane, observation: controller_pb2.Observation) -> None:
         graph = observation.host_graph
@@ -375,6 +376,7 @@ class PlaneLink:
             self._responses = plane.tamiyo.advise(iter(self._observations.get, None), self._memory)
         elif self._graph is not None and self._graph.digest == graph.digest:
             observation = _without_graph(observation)
+        observation.kernels[:] = self._kernels  # the library holds those of other runs as well
         self._observations.put(observation)
         response = next(self._responses, None)
         if response is None:
@@ -422,14 +424,14 @@ def _without_graph(observation: controller_pb2.Observation) -> controller_pb2.Ob
 
 def _compile_candidate(
     candidate: Candidate, signature: kernel_pb2.KernelSignature, plane: Plane
-) -> None:
-    """Compiles a candidate in all its ranks for one place."""
+) -> Iterator[str]:
+    """Compiles a candidate in all its ranks for one place; yields the kernels' names."""
     for rank in candidate.ranks:
         blueprint = _blueprint(candidate, rank)
         if _source(blueprint) != signature.source:
             return
         try:
-            plane.tezzeret.compile(blueprint, signature)
+            yield plane.tezzeret.compile(blueprint, signature).name
         except CompileError as error:
             _log.warning("esper: %s of rank %d: %s", candidate.blueprint, rank, error)
 

@@ -1,6 +1,7 @@
 """growth.png: how a model grew, at a glance."""
 
 import math
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Curves:
 
     Attributes:
         train_loss: Mean training loss per epoch, where it was measured.
-        held_out_loss: Held-out loss at the end of each epoch.
+        held_out_loss: Held-out loss at the end of each epoch that measured it.
         alphas: Alpha of every seed that ever held a kernel, by (slot, seed).
         parameters: Trainable elements of the model.
         events: Lifecycle events, for marks.
@@ -55,18 +56,18 @@ class Curves:
 def growth_curves(history: History) -> Curves:
     """Returns the curves of a run: its epoch records, and alpha where lifecycle events tell it."""
     epochs = history.epochs
-    timed = [epoch for epoch in epochs if epoch.train_loss is not None]
     return Curves(
-        train_loss=Series(
-            [epoch.step for epoch in timed], [float(epoch.train_loss or 0.0) for epoch in timed]
-        ),
-        held_out_loss=Series(
-            [epoch.step for epoch in epochs], [epoch.held_out_loss for epoch in epochs]
-        ),
+        train_loss=_measured((epoch.step, epoch.train_loss) for epoch in epochs),
+        held_out_loss=_measured((epoch.step, epoch.held_out_loss) for epoch in epochs),
         alphas=_alphas(history),
         parameters=Series([epoch.step for epoch in epochs], [epoch.parameters for epoch in epochs]),
         events=tuple(history.events),
     )
+
+
+def _measured(points: Iterable[tuple[int, float | None]]) -> Series:
+    known = [(step, value) for step, value in points if value is not None]
+    return Series([step for step, _ in known], [value for _, value in known])
 
 
 def _alphas(history: History) -> dict[tuple[str, int], Series]:

@@ -70,10 +70,7 @@ def complete_plan(
     else:
         complete = controller_pb2.GraftPlan(
             training_steps=defaults.training_steps,
-            alpha=lifecycle_pb2.AlphaSchedule(
-                kind=f"ALPHA_SCHEDULE_KIND_{defaults.ramp.upper()}",
-                steps=defaults.ramp_steps,
-            ),
+            alpha=_ramp(defaults),
             stabilization_steps=defaults.stabilization_steps,
         )
     if not complete.HasField("alpha"):
@@ -81,6 +78,13 @@ def complete_plan(
     if complete.learning_rate_scale == 0:
         complete.learning_rate_scale = defaults.learning_rate_scale
     return complete
+
+
+def _ramp(defaults: GraftConfig) -> lifecycle_pb2.AlphaSchedule:
+    if defaults.ramp == "none":
+        return lifecycle_pb2.AlphaSchedule(steps=defaults.ramp_steps, start=1.0, end=1.0)
+    kind = f"ALPHA_SCHEDULE_KIND_{defaults.ramp.upper()}"
+    return lifecycle_pb2.AlphaSchedule(kind=kind, steps=defaults.ramp_steps)
 
 
 def plan_steps(plan: controller_pb2.GraftPlan) -> int:
@@ -222,12 +226,17 @@ class GraftProtocol:
     def conclude(self, graft: LiveGraft, trial: Trial) -> None:
         """Carries out the verdict of a trial."""
         graft.trial = trial
-        if not trial.accepted:
-            self._model.cull(*graft.key, reason=trial.describe())
-        elif self._config.fine_tuning_steps > 0:
-            self._model.advance(*graft.key, State.FINE_TUNING, reason=trial.describe())
+        if trial.accepted:
+            self.keep(graft, trial.describe())
         else:
-            self._fossilize(graft, trial.describe())
+            self._model.cull(*graft.key, reason=trial.describe())
+
+    def keep(self, graft: LiveGraft, reason: str) -> None:
+        """Moves a graft that is due for its trial on, as after a passed one."""
+        if self._config.fine_tuning_steps > 0:
+            self._model.advance(*graft.key, State.FINE_TUNING, reason=reason)
+        else:
+            self._fossilize(graft, reason)
 
     def _fossilize(self, graft: LiveGraft, reason: str) -> None:
         self._model.freeze_fossil(*graft.key, self._config.freeze_fossils)

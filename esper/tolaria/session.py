@@ -25,6 +25,7 @@ from collections.abc import Collection
 from types import TracebackType
 from typing import Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from esper.common.v1 import blueprint_pb2
@@ -34,6 +35,7 @@ from esper.kasmina import MorphableModel
 from esper.kasmina import SeedLifecycleState
 from esper.kasmina import Transition
 from esper.tamiyo.v1 import controller_pb2
+from esper.tolaria import recipe
 from esper.tolaria.cost import TrainingCost
 from esper.tolaria.decisions import Decisions
 from esper.tolaria.decisions import action_name
@@ -132,6 +134,7 @@ class Session:
         self._step = 0
         self._epoch_first_step = 0
         self._num_trials = 0
+        self._outcomes: list[controller_pb2.TrialOutcome] = []  # since the last observation
         self._closed = False
         self.run = uuid.uuid4().hex
         self.history = History()
@@ -190,17 +193,19 @@ class Session:
             raise ValueError(
                 f"epochs is {self._epochs}, but epoch_end was called {self._epoch + 1} times"
             )
-        self._hold_trials()
+        losses = self._hold_trials()
         last = self._epoch == self._epochs - 1
-        if last:
+        if last and self._protocol.live:
             self._protocol.finish()
-        losses = sample_losses(self._model, self._held_out, self._loss)
-        self.cost.add_evaluation(len(losses))
+            losses = None  # of another model
+        if losses is None and (last or self._epoch % self._config.evaluation_interval == 0):
+            losses = sample_losses(self._model, self._held_out, self._loss)
+            self.cost.add_evaluation(len(losses))
         record = EpochRecord(
             epoch=self._epoch,
             step=self._step,
             train_loss=train_loss,
-            held_out_loss=float(losses.mean()),
+            held_out_loss=None if losses is None else float(losses.mean()),
             parameters=self._model.num_parameters(),
             flops=self.cost.total,
             alphas={
@@ -287,10 +292,19 @@ class Session:
             self._link.mark_deployed(kernel)
         self._link.report(report)
 
-    def _hold_trials(self) -> None:
+    def _hold_trials(self) -> Tensor | None:
+        """Brings every graft that is due to its verdict.
+
+        Returns:
+            Held-out losses of the model as it is left, [samples]; ``None`` where none was measured.
+        """
         due = self._protocol.due_for_trial()
+        if self._config.accept == "always":
+            for graft in due:
+                self._protocol.keep(graft, "kept without a trial")
+            return None
         if not due:
-            return
+            return None
         with_seed = sample_losses(self._model, self._held_out, self._loss)
         self.cost.add_evaluation(len(with_seed))
         for graft in due:
@@ -298,17 +312,25 @@ class Session:
                 without_seed = sample_losses(self._model, self._held_out, self._loss)
             self.cost.add_trial(len(without_seed))
             self._num_trials += 1
+            flops = flops_per_sample(self._model, graft.slot, graft.kernel)
             trial = paired_trial(
                 with_seed,
                 without_seed,
                 level=trial_level(self._significance(graft), self._num_trials),
-                price=self._config.budget.min_gain_per_mflop
-                * flops_per_sample(self._model, graft.slot, graft.kernel)
-                / 1e6,
+                price=self._config.budget.min_gain_per_mflop * flops / 1e6,
             )
+            outcome = controller_pb2.TrialOutcome(
+                slot=graft.slot,
+                seed=graft.seed,
+                accepted=trial.accepted,
+                gain=trial.gain,
+                flops_per_sample=flops,
+            )
+            self._outcomes.append(outcome)
             self._protocol.conclude(graft, trial)
             if not trial.accepted:
                 with_seed = without_seed
+        return with_seed
 
     def _significance(self, graft: LiveGraft) -> float:
         if graft.plan.HasField("significance"):
@@ -326,12 +348,16 @@ class Session:
             host_graph_digest=graph.digest,
             host_graph=graph,
             signals=self._model.collect_signals(self._epoch),
-            held_out_loss=record.held_out_loss,
             learning_rates=[float(group["lr"]) for group in self._optimizer.param_groups],
             num_parameters=record.parameters,
             flops_per_sample=self.cost.forward_flops_per_sample(),
             budget=self._budget(),
+            recipe=recipe.to_proto(self._config.growth),
+            trials=self._outcomes,
         )
+        self._outcomes.clear()
+        if record.held_out_loss is not None:
+            observation.held_out_loss = record.held_out_loss
         if record.train_loss is not None:
             observation.train_loss = record.train_loss
         self._link.observe(observation)

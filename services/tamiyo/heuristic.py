@@ -1,14 +1,10 @@
 """The heuristic policy: when, where and how much to grow, by measured figures alone.
 
-When: early and periodically. The interval between germinations stretches as the gap between
-training and held-out loss grows (FRAGrow, AAAI 2024), and the last sixth of the run never grows.
-Where: at the chunk whose growth score, the part of the wanted update that the host cannot express
-itself (TINY, arXiv 2405.19816; SENN, arXiv 2307.04526), stands out from its own null and buys the
-most per operation. How much: the largest kernel that does not more than double the slot.
+When, where and when to stop are strategies that the run's recipe names, see ``GrowthConfig``. How
+much: the largest kernel that does not more than double the slot.
 """
 
 import hashlib
-import math
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
@@ -20,7 +16,10 @@ from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
 from esper.common.v1 import lifecycle_pb2
 from esper.common.v1 import signal_pb2
+from esper.config import GrowthConfig
+from esper.services.tamiyo import strategies
 from esper.tamiyo.v1 import controller_pb2
+from esper.tolaria import recipe
 from esper.urza.v1 import library_pb2
 
 KernelSource = Callable[[kernel_pb2.KernelSignature], Iterable[library_pb2.KernelRecord]]
@@ -48,33 +47,6 @@ _GONE = frozenset(
 _HOLDING = _LIVE | {lifecycle_pb2.SEED_STATE_FOSSILIZED}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeuristicConfig:
-    """Constants of the policy.
-
-    Attributes:
-        first_epoch: First epoch that may grow; before it the scores mean nothing.
-        max_interval_epochs: Longest interval between germinations, in epochs.
-        gap_scale: Gap between held-out and training loss, relative to the training loss, is
-            multiplied by this before it stretches the interval.
-        reserved_share: Share of the run at its end that never grows.
-        min_score_ratio: Least growth score over its null; 1 is what noise looks like.
-        max_live: Most seeds under way at a time.
-        max_slot_growth: Most parameters of a kernel over those of the slot with its grafts.
-        rest_epochs: Epochs that a seed rests after its graft was refused, times the number of
-            refusals: trials spend the run's significance, so none is repeated in a hurry.
-    """
-
-    first_epoch: int = 1
-    max_interval_epochs: int = 8
-    gap_scale: float = 8.0
-    reserved_share: float = 1.0 / 6.0
-    min_score_ratio: float = 1.5
-    max_live: int = 2
-    max_slot_growth: float = 1.0
-    rest_epochs: int = 8
-
-
 @dataclass(slots=True)
 class RunState:
     """What the policy remembers of a run between two observations.
@@ -85,6 +57,8 @@ class RunState:
         refusals: How often a seed's graft was refused, and in which epoch last, by (slot, seed).
         last_germination: Epoch of the last germination, ``None`` before the first.
         num_decisions: Decisions taken so far, for their ids.
+        last_train_loss: Training loss of the epoch before, ``None`` where it was not measured.
+        gains: Held-out loss that the trials so far have saved per million operations of a sample.
     """
 
     graph: signal_pb2.HostGraph | None = None
@@ -92,6 +66,8 @@ class RunState:
     refusals: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
     last_germination: int | None = None
     num_decisions: int = 0
+    last_train_loss: float | None = None
+    gains: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +75,8 @@ class _Site:
     """A dormant chunk with one way to grow."""
 
     signal: signal_pb2.HealthSignal
-    score: signal_pb2.GrowthScore
     signature: kernel_pb2.KernelSignature
-    value: float
-
-    @property
-    def ratio(self) -> float:
-        return self.score.score / max(self.score.null_score, 1e-30)
+    merit: strategies.Merit
 
 
 class Heuristic:
@@ -113,7 +84,7 @@ class Heuristic:
 
     Args:
         kernels: The library.
-        config: Constants.
+        config: The recipe of runs that bring none; ``None`` means the defaults.
     """
 
     title = "heuristic"
@@ -122,9 +93,9 @@ class Heuristic:
         "operation, periodically, with the largest kernel that does not more than double the slot."
     )
 
-    def __init__(self, kernels: KernelSource, config: HeuristicConfig | None = None) -> None:
+    def __init__(self, kernels: KernelSource, config: GrowthConfig | None = None) -> None:
         self._kernels = kernels
-        self._config = config if config is not None else HeuristicConfig()
+        self._config = config if config is not None else GrowthConfig()
 
     @property
     def digest(self) -> str:
@@ -143,7 +114,11 @@ class Heuristic:
         """
         if observation.HasField("host_graph"):
             state.graph = observation.host_graph
+        config = self._config
+        if observation.HasField("recipe"):
+            config = recipe.from_proto(observation.recipe)
         _note_refusals(observation, state)
+        strategies.note_trials(observation.trials, state.gains)
         decisions = [
             self._decision(
                 observation,
@@ -156,73 +131,48 @@ class Heuristic:
             for signal in observation.signals
             if signal.state in _LIVE and signal.num_nonfinite_rows > 0
         ]
-        waiting = self._reason_to_wait(observation, state)
+        waiting = strategies.reason_to_wait(
+            config,
+            observation,
+            num_live=sum(signal.state in _LIVE for signal in observation.signals),
+            last_germination=state.last_germination,
+            last_train_loss=state.last_train_loss,
+            gains=state.gains,
+        )
+        state.last_train_loss = (
+            observation.train_loss if observation.HasField("train_loss") else None
+        )
         if waiting is None:
-            decisions.append(self._grow(observation, state))
+            decisions.append(self._grow(config, observation, state))
         else:
-            decisions.append(
-                self._decision(
-                    observation, state, controller_pb2.ACTION_WAIT, None, explanation=waiting
-                )
-            )
+            decisions.append(self._wait(observation, state, waiting))
         return decisions
 
-    def _reason_to_wait(
-        self, observation: controller_pb2.Observation, state: RunState
-    ) -> str | None:
-        config, epoch = self._config, observation.epoch
-        if epoch < config.first_epoch:
-            return f"epoch {epoch} is before the first growing epoch {config.first_epoch}"
-        last = math.floor(observation.num_epochs * (1.0 - config.reserved_share)) - 1
-        if epoch > last:
-            return f"epoch {epoch} is in the last part of the run, which never grows"
-        num_live = sum(signal.state in _LIVE for signal in observation.signals)
-        if num_live >= config.max_live:
-            return f"{num_live} seeds are under way, at most {config.max_live} at a time"
-        interval = self._interval(observation)
-        if state.last_germination is not None and epoch - state.last_germination < interval:
-            return f"the last germination was less than {interval} epochs ago"
-        return None
-
-    def _interval(self, observation: controller_pb2.Observation) -> int:
-        config = self._config
-        if not (observation.HasField("train_loss") and observation.HasField("held_out_loss")):
-            return config.max_interval_epochs
-        scale = max(abs(observation.train_loss), 1e-12)
-        gap = config.gap_scale * (observation.held_out_loss - observation.train_loss) / scale
-        if not math.isfinite(gap):  # a run that has diverged
-            return config.max_interval_epochs
-        stretched = config.max_interval_epochs / (1.0 + math.exp(min(4.0 - gap, 500.0)))
-        return max(1, math.ceil(stretched))
-
     def _grow(
-        self, observation: controller_pb2.Observation, state: RunState
+        self, config: GrowthConfig, observation: controller_pb2.Observation, state: RunState
     ) -> controller_pb2.Decision:
         sites = sorted(
-            self._sites(observation, state),
-            key=lambda site: (-site.value, site.signal.slot, site.signal.seed, site.score.source),
+            self._sites(config, observation, state),
+            key=lambda s: (-s.merit.value, s.signal.slot, s.signal.seed, s.signature.source),
         )
         if not sites:
-            return self._decision(
-                observation,
-                state,
-                controller_pb2.ACTION_WAIT,
-                None,
-                explanation="no dormant chunk scores above its null",
-            )
+            return self._wait(observation, state, "no dormant chunk scores above its null")
         for site in sites:
-            kernel = self._choose_kernel(observation, state, site)
+            kernel = self._choose_kernel(config, observation, state, site)
             if kernel is not None:
                 return self._germinate(observation, state, site, kernel)
-        return self._decision(
-            observation,
-            state,
-            controller_pb2.ACTION_WAIT,
-            None,
-            explanation="no kernel of the library fits a scored chunk within the budget",
+        return self._wait(
+            observation, state, "no kernel of the library fits a scored chunk within the budget"
         )
 
-    def _sites(self, observation: controller_pb2.Observation, state: RunState) -> Iterable[_Site]:
+    def _wait(
+        self, observation: controller_pb2.Observation, state: RunState, why: str
+    ) -> controller_pb2.Decision:
+        return self._decision(observation, state, controller_pb2.ACTION_WAIT, None, explanation=why)
+
+    def _sites(
+        self, config: GrowthConfig, observation: controller_pb2.Observation, state: RunState
+    ) -> Iterable[_Site]:
         slots = {
             node.name: node.slot
             for node in (state.graph.nodes if state.graph is not None else ())
@@ -233,38 +183,41 @@ class Heuristic:
             if signal.state != _EMPTY or signal.slot in busy or signal.slot not in slots:
                 continue
             count, last = state.refusals.get((signal.slot, signal.seed), (0, 0))
-            if observation.epoch - last < count * self._config.rest_epochs:
+            if observation.epoch - last < count * config.rest_epochs:
                 continue
             for score in signal.growth_scores:
-                if not score.HasField("null_score"):
-                    continue
                 signature = _signature(slots[signal.slot], signal.seed, score.source)
                 if signature is None:
                     continue
-                excess = score.score**2 - score.null_score**2
-                width = signature.source_width + signature.chunk_width
-                site = _Site(signal, score, signature, excess / width)
-                if site.ratio >= self._config.min_score_ratio:
-                    yield site
+                merit = strategies.merit(config, observation.epoch, signal, score, signature)
+                if merit is not None:
+                    yield _Site(signal, signature, merit)
 
     def _choose_kernel(
-        self, observation: controller_pb2.Observation, state: RunState, site: _Site
+        self,
+        config: GrowthConfig,
+        observation: controller_pb2.Observation,
+        state: RunState,
+        site: _Site,
     ) -> library_pb2.KernelRecord | None:
         """Returns the largest kernel within the doubling rule and the budget."""
         slot = site.signal.slot
         present = _slot_parameters(state.graph, slot) + sum(
             state.planted.get((signal.slot, signal.seed), 0)
             for signal in observation.signals
-            if signal.slot == slot and signal.state in _HOLDING
+            if _inside(signal.slot, slot) and signal.state in _HOLDING
         )
-        limit = self._config.max_slot_growth * present
+        limit = config.max_slot_growth * present
+        wanted = frozenset(observation.kernels)
         budget = observation.budget
         if budget.HasField("max_parameters"):
             limit = min(limit, budget.max_parameters - observation.num_parameters)
         fitting = [
             record
             for record in self._kernels(site.signature)
-            if 0 < record.kernel.parameter_count <= limit and self._affordable(observation, record)
+            if (not wanted or record.name in wanted)
+            and 0 < record.kernel.parameter_count <= limit
+            and self._affordable(observation, record)
         ]
         if not fitting:
             return None
@@ -303,16 +256,17 @@ class Heuristic:
             state,
             controller_pb2.ACTION_GERMINATE,
             site.signal,
-            urgency=site.ratio,
+            urgency=site.merit.ratio,
             explanation=(
-                f"its growth score is {site.ratio:.1f} times its null; {kernel.blueprint_name} "
-                f"with {kernel.parameter_count} parameters"
+                f"{site.merit.why}; {kernel.blueprint_name} with {kernel.parameter_count} "
+                "parameters"
             ),
         )
         decision.kernel = record.name
-        decision.confidence = 1.0 - 1.0 / site.ratio**2
-        decision.reasons.add(feature="growth_score", value=site.score.score, weight=site.value)
-        decision.reasons.add(feature="null_score", value=site.score.null_score, weight=-1.0)
+        if site.merit.ratio > 1.0:
+            decision.confidence = 1.0 - 1.0 / site.merit.ratio**2
+        for feature, (value, weight) in site.merit.reasons.items():
+            decision.reasons.add(feature=feature, value=value, weight=weight)
         return decision
 
     def _decision(
@@ -372,9 +326,9 @@ def _slot_parameters(graph: signal_pb2.HostGraph | None, slot: str) -> int:
     """Returns the parameters of the slot's module and everything inside it."""
     if graph is None:
         return 0
-    inside = f"{slot}." if slot else ""
-    return sum(
-        node.num_parameters
-        for node in graph.nodes
-        if node.name == slot or node.name.startswith(inside)
-    )
+    return sum(node.num_parameters for node in graph.nodes if _inside(node.name, slot))
+
+
+def _inside(name: str, slot: str) -> bool:
+    """Whether a module is the slot's own or inside it; all are inside the root."""
+    return name == slot or name.startswith(f"{slot}." if slot else "")

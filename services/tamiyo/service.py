@@ -23,6 +23,7 @@ from esper.services.tamiyo.memory import from_bytes
 from esper.services.tamiyo.memory import to_bytes
 from esper.tamiyo.v1 import controller_pb2
 from esper.tamiyo.v1 import controller_pb2_grpc
+from esper.tolaria import recipe
 from esper.urza.v1 import library_pb2
 
 _USABLE = (library_pb2.KERNEL_STATE_VALIDATED, library_pb2.KERNEL_STATE_DEPLOYED)
@@ -72,6 +73,11 @@ def check_observation(observation: controller_pb2.Observation, state: RunState) 
             observation.epoch,
             f"must be at least 0 and below num_epochs, {observation.num_epochs}",
         )
+    if observation.HasField("recipe"):
+        try:
+            recipe.from_proto(observation.recipe)
+        except ValueError as error:
+            raise invalid("observation.recipe", "", str(error)) from error
     if observation.HasField("host_graph"):
         if len(observation.host_graph.nodes) > _MAX_GRAPH_NODES:
             raise invalid(

@@ -389,3 +389,42 @@ def test_a_kernel_beyond_the_budget_is_refused_whatever_the_controller_says() ->
             )
             session._apply(Advice(decision, kernel))
             assert len(model.occupied_seeds()) == planted, session.history.refusals
+
+
+def test_direct_insertion_trains_at_full_strength_from_birth(plane: str) -> None:
+    direct = GraftConfig(training_steps=0, ramp="none", ramp_steps=9, stabilization_steps=0)
+    _, _, session = _grow(plane, config=replace(QUICK, graft=direct))
+    first = next(e for e in session.history.events if e.after == "GERMINATED")
+    path = [
+        (e.after, e.step - first.step)
+        for e in session.history.events
+        if e.slot == first.slot and e.seed == first.seed
+    ]
+    assert path[:4] == [("GERMINATED", 0), ("TRAINING", 1), ("GRAFTING", 1), ("STABILIZATION", 10)]
+    assert "FOSSILIZED" in [state for state, _ in path]
+
+
+def test_without_an_accept_test_every_seed_stays_and_no_trial_is_paid(plane: str) -> None:
+    _, _, session = _grow(plane, config=replace(QUICK, accept="always"))
+    verdicts = [e for e in session.history.events if e.after in ("FOSSILIZED", "CULLED")]
+    assert verdicts
+    assert {(e.after, e.reason) for e in verdicts} == {("FOSSILIZED", "kept without a trial")}
+    assert session.cost.by_category["trial"] == 0
+
+
+def test_held_out_loss_is_measured_as_often_as_configured(plane: str) -> None:
+    _, _, often = _grow(plane)
+    _, _, seldom = _grow(plane, config=replace(QUICK, evaluation_interval=4))
+    measured = [record.held_out_loss is not None for record in seldom.history.epochs]
+    assert not all(measured) and measured[0] and measured[4] and measured[-1]
+    assert all(record.held_out_loss is not None for record in often.history.epochs)
+    trials = {e.epoch for e in seldom.history.events if "held-out gain" in e.reason}
+    assert trials and all(measured[epoch] for epoch in trials)
+    assert seldom.cost.by_category["evaluation"] < often.cost.by_category["evaluation"]
+
+
+def test_a_run_does_not_see_the_kernels_of_others(plane: str) -> None:
+    _grow(plane)  # leaves kernels of rank 4 and 8 in the library
+    small = replace(QUICK, candidates=(Candidate(blueprint="widen", ranks=(2,)),))
+    model, _, _ = _grow(plane, config=small)
+    assert {model.kernel_of(*at).bottleneck.rank for at in model.occupied_seeds()} == {2}

@@ -8,10 +8,11 @@ from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
 from esper.common.v1 import lifecycle_pb2
 from esper.common.v1 import signal_pb2
+from esper.config import GrowthConfig
 from esper.services.tamiyo.heuristic import Heuristic
-from esper.services.tamiyo.heuristic import HeuristicConfig
 from esper.services.tamiyo.heuristic import RunState
 from esper.tamiyo.v1 import controller_pb2
+from esper.tolaria.recipe import to_proto
 from esper.urza.v1 import library_pb2
 
 INPUT = blueprint_pb2.SEED_SOURCE_INPUT
@@ -181,11 +182,11 @@ def test_the_interval_stretches_as_the_gap_grows() -> None:
                 return epoch - 3
         return 99
 
-    assert waits(float("nan")) == waits(float("inf")) == HeuristicConfig().max_interval_epochs
+    assert waits(float("nan")) == waits(float("inf")) == GrowthConfig().max_interval_epochs
     intervals = [waits(held_out) for held_out in (1.0, 1.4, 1.5, 1.8, 3.0)]
     assert intervals[0] == 1
     assert intervals == sorted(intervals)
-    assert intervals[-1] == HeuristicConfig().max_interval_epochs
+    assert intervals[-1] == GrowthConfig().max_interval_epochs
 
 
 def test_a_refused_seed_rests_and_rests_longer_each_time() -> None:
@@ -235,5 +236,101 @@ def test_the_graph_is_remembered_and_ids_are_unique() -> None:
 
 def test_the_digest_names_the_constants() -> None:
     assert Heuristic(kernels).digest == Heuristic(kernels).digest
-    changed = Heuristic(kernels, HeuristicConfig(max_live=3))
+    changed = Heuristic(kernels, GrowthConfig(max_live=3))
     assert changed.digest != Heuristic(kernels).digest
+
+
+SCORED = [
+    signal("a", 0, scores=[(INPUT, 2.0, 1.0)]),
+    signal("b", 0, scores=[(INPUT, 3.0, 1.0)]),
+    signal("b", 1, scores=[(INPUT, 1.2, 1.0)]),
+]
+
+
+def recipe(**choices: object) -> controller_pb2.Recipe:
+    return to_proto(GrowthConfig(**choices))
+
+
+def test_a_random_place_is_drawn_anew_each_epoch_and_by_the_recipes_seed() -> None:
+    def places(seed: int) -> list[tuple[str, int]]:
+        made = [
+            decide(observation(SCORED, epoch, recipe=recipe(where="random", seed=seed)))
+            for epoch in range(1, 20)
+        ]
+        return [(decision.slot, decision.seed) for decision in made]
+
+    assert places(0) == places(0)
+    assert places(0) != places(1)
+    assert set(places(0)) == {("a", 0), ("b", 0), ("b", 1)}  # the weak score and all
+
+
+def test_the_gradient_may_choose_another_place_than_the_residual() -> None:
+    signals = [
+        signal("a", 0, scores=[(INPUT, 2.0, 1.0)]),
+        signal("b", 0, scores=[(INPUT, 3.0, 1.0)]),
+    ]
+    signals[0].growth_scores[0].gradient_score = 9.0
+    signals[0].growth_scores[0].gradient_null_score = 1.0
+    signals[1].growth_scores[0].gradient_score = 4.0
+    signals[1].growth_scores[0].gradient_null_score = 1.0
+    assert decide(observation(signals)).slot == "b"
+    assert decide(observation(signals, recipe=recipe(where="gradient"))).slot == "a"
+
+
+def test_early_growth_does_not_wait_and_a_plateau_is_waited_for() -> None:
+    def grown(when: str, losses: list[float]) -> list[int]:
+        state, epochs = RunState(), []
+        for epoch, loss in enumerate(losses):
+            seen = observation(
+                (
+                    [SCORED[0]]
+                    if not epochs
+                    else [signal("a", 0), signal("b", 0, scores=[(INPUT, 3, 1)])]
+                ),
+                epoch,
+                train_loss=loss,
+                held_out_loss=10.0,
+                recipe=recipe(when=when, first_epoch=0, rest_epochs=0),
+            )
+            if decide(seen, state).action == controller_pb2.ACTION_GERMINATE:
+                epochs.append(epoch)
+        return epochs
+
+    falling = [1.0, 0.9, 0.8, 0.799, 0.7]
+    assert grown("early", falling) == [0, 1, 2, 3, 4]
+    assert grown("plateau", falling) == [3]
+    assert grown("periodic", falling) == [0]  # the gap stretches the interval beyond the run
+
+
+@pytest.mark.parametrize(
+    ("gain", "stop", "grows"), [(3.0, "pareto", True), (1.0, "pareto", False), (1.0, "never", True)]
+)
+def test_growth_stops_where_the_next_seed_promises_less_than_its_price(
+    gain: float, stop: str, grows: bool
+) -> None:
+    seen = observation(
+        SCORED,
+        recipe=recipe(stop=stop),
+        budget=controller_pb2.Budget(min_gain_per_mflop=2.0),
+        trials=[
+            controller_pb2.TrialOutcome(gain=100.0, flops_per_sample=1e6),  # long ago
+            controller_pb2.TrialOutcome(gain=gain, flops_per_sample=1e6, accepted=True),
+            controller_pb2.TrialOutcome(gain=gain, flops_per_sample=1e6, accepted=True),
+        ],
+    )
+    assert (decide(seen).action == controller_pb2.ACTION_GERMINATE) is grows
+
+
+def test_only_kernels_of_the_run_are_chosen() -> None:
+    seen = observation(SCORED, kernels=[f"kernels/{4:064x}", f"kernels/{1:064x}"])
+    assert decide(seen).kernel == f"kernels/{4:064x}"
+
+
+def test_grafts_of_slots_inside_count_as_part_of_the_slot() -> None:
+    def chosen(planted: dict[tuple[str, int], int]) -> int:
+        nested = observation(
+            [signal("a", scores=[(INPUT, 9.0, 1.0)]), signal("a.0", state=FOSSILIZED)]
+        )
+        return int(decide(nested, RunState(planted=planted)).kernel.removeprefix("kernels/"), 16)
+
+    assert (chosen({}), chosen({("a.0", 0): 600})) == (16, 32)
