@@ -2,14 +2,17 @@
 
 Small blobs live in the row itself. Larger ones are files named by their hash, written beside,
 synced, renamed into place and only then entered as a row: a blob is either whole and durable, or
-not there.
+not there. It is taken out the other way round, the row first: a file without a row is no blob, and
+is left to garbage collection.
 
 An upload writes to a file of its own, so writers of one blob never meet. When it is interrupted the
 file is parked under the hash, where the next writer may take it over and go on; of two parked files
 the longer one stays.
+
+A blob that turns out to be damaged is put into quarantine: its bytes are moved aside, reads are
+DATA_LOSS, and it can be uploaded again.
 """
 
-import errno
 import hashlib
 import logging
 import os
@@ -20,30 +23,35 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 from esper.common.v1 import digest_pb2
 from esper.services.serving.errors import ServiceError
 from esper.services.serving.errors import aborted
 from esper.services.serving.errors import data_loss
-from esper.services.serving.errors import exhausted
-from esper.services.serving.errors import invalid
 from esper.services.serving.errors import not_found
 from esper.services.serving.errors import out_of_range
 from esper.services.serving.limits import MAX_CHUNK_BYTES
 from esper.services.store.engine import Store
+from esper.services.store.files import sync_folder
 from esper.services.store.opening import Row
+from esper.services.urza.leases import Leases
 from esper.services.urza.names import EMPTY_HASH
 from esper.services.urza.names import HASH
+from esper.services.urza.room import Room
+from esper.services.urza.uploads import Upload
 
 LOG = logging.getLogger("esper.urza.blobs")
 
 TABLE = "blobs"
-INLINE_BYTES = 64 << 10
-FREE_RESERVE_BYTES = 64 << 20
-"""Room on the disk that uploads leave free, for the rows."""
+QUARANTINE_TABLE = "blob_quarantine"
+TABLES = (TABLE, QUARANTINE_TABLE)
 
 _INLINE = b"\x00"
 _FILE = b"\x01"
+
+Signature: TypeAlias = tuple[int, int, int]
+"""Tells the versions of a file apart: inode, time of change, size."""
 
 
 def blob_name(digest: digest_pb2.Digest) -> str:
@@ -51,28 +59,46 @@ def blob_name(digest: digest_pb2.Digest) -> str:
     return f"blobs/{digest.hash}/{digest.size_bytes}"
 
 
+def row_size(row: bytes) -> int:
+    """Returns the size of the blob that a row stands for."""
+    return len(row) - 1 if row.startswith(_INLINE) else int.from_bytes(row[1:], "big")
+
+
 class BlobStore:
     """The blobs of one Urza. Its methods block, and may be called from any thread.
 
     Args:
-        store: Holds the rows; its table `blobs` is this object's alone.
+        store: Holds the rows; its tables `TABLES` are this object's alone.
         directory: Holds the files; created where missing.
     """
 
     def __init__(self, store: Store, directory: Path) -> None:
         self._store = store
         self._table = store.table(TABLE)
-        self._files = directory / "files"
-        self._partial = directory / "partial"
-        for folder in (self._files, self._partial):
+        self._quarantined = store.table(QUARANTINE_TABLE)
+        self.files = directory / "files"
+        """Folder of the blobs that are files, in folders by the first two characters."""
+        self.parked = directory / "partial"
+        """Folder of uploads, under way or interrupted."""
+        self._damaged = directory / "quarantine"
+        for folder in (self.files, self.parked, self._damaged):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in sorted(self._partial.iterdir()):
+        # Held while a file is put in place or taken away.
+        self._placing = threading.Lock()
+        self.leases = Leases()
+        self.room = Room(self.parked, store.limits, self._all_parked_bytes)
+        with store.reading() as snapshot:
+            sizes = [row_size(row) for _, row in snapshot.cursor(db=self._table)]
+        self.room.count(len(sizes), sum(sizes))
+        for path in sorted(self.parked.iterdir()):
             if HASH.match(path.name) and "." in path.name:  # an upload that a dead server left
-                self._park(path, path.name.partition(".")[0])
+                self.park(path, path.name.partition(".")[0])
+
+    # ------------------------------------------------------------ asking
 
     def contains(self, digest: digest_pb2.Digest) -> bool:
-        """Returns whether the whole blob is stored."""
-        return self._row(digest) is not None
+        """Returns whether the whole blob is stored; it is leased then."""
+        return self.leases.use(digest.hash) and self._row(digest) is not None
 
     def missing(self, digests: Sequence[digest_pb2.Digest]) -> list[digest_pb2.Digest]:
         """Returns those of `digests` that are not stored, in the same order."""
@@ -84,7 +110,9 @@ class BlobStore:
             return digest.size_bytes, True
         return self._parked_bytes(digest), False
 
-    def begin(self, digest: digest_pb2.Digest, offset: int) -> "Upload | None":
+    # ------------------------------------------------------------ writing
+
+    def begin(self, digest: digest_pb2.Digest, offset: int) -> Upload | None:
         """Starts an upload, or goes on with one; None where the blob is already there.
 
         Args:
@@ -92,31 +120,60 @@ class BlobStore:
             offset: 0 to start afresh, else the `committed` size of an interrupted upload.
 
         Raises:
-            ServiceError: ABORTED where `offset` is neither; RESOURCE_EXHAUSTED where the disk is
-                full.
+            ServiceError: ABORTED where `offset` is neither; RESOURCE_EXHAUSTED where there is no
+                room for it.
         """
-        if self.contains(digest):
-            return None
-        statistics = os.statvfs(self._partial)
-        free_bytes = statistics.f_bavail * statistics.f_frsize - FREE_RESERVE_BYTES
-        if digest.size_bytes - offset > free_bytes:
-            raise exhausted(
-                "DISK_FULL", f"{blob_name(digest)} needs more than the {free_bytes} bytes free"
-            )
-        path = self._partial / f"{digest.hash}.{secrets.token_hex(8)}"
-        if offset:
-            held = self._parked_bytes(digest)
-            try:
-                if held != offset:
-                    raise FileNotFoundError
-                (self._partial / digest.hash).rename(path)
-            except FileNotFoundError:
-                raise aborted(
-                    "OFFSET_MISMATCH",
-                    f"{blob_name(digest)}: write_offset is {offset} but {held} bytes are held",
-                    committed_size=str(held),
-                ) from None
-        return Upload(self, digest, path)
+        self.leases.hold(digest.hash)
+        try:
+            if self.contains(digest):
+                self.leases.release(digest.hash)
+                return None
+            self.room.promise(blob_name(digest), digest.size_bytes)
+        except BaseException:
+            self.leases.release(digest.hash)
+            raise
+        try:
+            path = self.parked / f"{digest.hash}.{secrets.token_hex(8)}"
+            if offset:
+                self._take_over(digest, offset, path)
+            return Upload(self, digest, path)
+        except BaseException:
+            self.end_upload(digest)
+            raise
+
+    def end_upload(self, digest: digest_pb2.Digest) -> None:
+        """Gives back what an upload was promised; called once for each, by itself."""
+        self.room.give_back(digest.size_bytes)
+        self.leases.release(digest.hash)
+
+    def park(self, path: Path, name: str) -> None:
+        """Keeps an interrupted upload for the next writer, unless more is already there."""
+        parked = self.parked / name
+        if parked.exists() and parked.stat().st_size >= path.stat().st_size:
+            path.unlink()
+        else:
+            path.replace(parked)
+
+    def enter_content(self, digest: digest_pb2.Digest, content: bytes) -> "Future[None]":
+        """Stores a verified small blob; the future is done once it is durable."""
+        return self._enter(digest, _INLINE + content)
+
+    def enter_file(self, digest: digest_pb2.Digest, path: Path) -> "Future[None]":
+        """Stores a verified and synced file; the future is done once it is durable.
+
+        Raises:
+            OSError: Where the file cannot be put in its place.
+        """
+        target = self.path_of(digest.hash)
+        with self._placing:
+            if not target.parent.exists():
+                target.parent.mkdir(mode=0o700, exist_ok=True)
+                sync_folder(self.files)
+            path.replace(target)
+        sync_folder(target.parent)
+        return self._enter(digest, _FILE + digest.size_bytes.to_bytes(8, "big"))
+
+    # ------------------------------------------------------------ reading
 
     def read(self, digest: digest_pb2.Digest, offset: int = 0, limit: int = 0) -> Iterator[bytes]:
         """Yields a blob or a part of it in chunks of at most `MAX_CHUNK_BYTES`.
@@ -131,11 +188,12 @@ class BlobStore:
 
         Raises:
             ServiceError: NOT_FOUND; OUT_OF_RANGE; DATA_LOSS where the stored bytes are damaged,
-                after which the blob counts as missing and can be uploaded again.
+                until the blob is uploaded again.
         """
         row = self._row(digest)
         if row is None:
-            raise not_found(blob_name(digest))
+            raise self._absent(digest)
+        self.leases.use(digest.hash)
         if offset > digest.size_bytes:
             raise out_of_range(
                 "OFFSET", f"read_offset {offset} is beyond the end of {blob_name(digest)}"
@@ -149,216 +207,235 @@ class BlobStore:
         self, digest: digest_pb2.Digest, content: bytes, offset: int, end: int
     ) -> Iterator[bytes]:
         if hashlib.sha256(content).hexdigest() != digest.hash:
-            raise self._damaged(digest)
+            raise self._quarantine(digest, content)
         if offset < end:
             yield content[offset:end]
 
     def _read_file(self, digest: digest_pb2.Digest, offset: int, end: int) -> Iterator[bytes]:
-        path = self._path(digest.hash)
+        path = self.path_of(digest.hash)
         try:
             file = path.open("rb")
         except FileNotFoundError:
-            raise self._damaged(digest) from None
+            if self._row(digest) is None:  # removed since the row was read
+                raise self._absent(digest) from None
+            raise self._quarantine(digest, None) from None
         with file:
             whole = offset == 0 and end == digest.size_bytes
-            facts = os.fstat(file.fileno())
-            signature = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
-            if facts.st_size != digest.size_bytes or (
+            signature = _signature(os.fstat(file.fileno()))
+            if signature[2] != digest.size_bytes or (
                 not whole and _file_hash(path, signature) != digest.hash
             ):
-                raise self._damaged(digest)
+                raise self._quarantine(digest, signature)
             file.seek(offset)
             hasher = hashlib.sha256()
             while offset < end:
                 chunk = file.read(min(MAX_CHUNK_BYTES, end - offset))
                 if not chunk:
-                    raise self._damaged(digest)
+                    raise self._quarantine(digest, signature)
                 offset += len(chunk)
                 if whole:
                     hasher.update(chunk)
                     if offset == end and hasher.hexdigest() != digest.hash:
-                        raise self._damaged(digest)
+                        raise self._quarantine(digest, signature)
                 yield chunk
+
+    def is_sound(self, digest: digest_pb2.Digest) -> bool:
+        """Returns whether a stored blob has the bytes that its digest says.
+
+        Raises:
+            ServiceError: NOT_FOUND where it is not stored, or no longer.
+        """
+        row = self._row(digest)
+        if row is None:
+            raise not_found(blob_name(digest))
+        if row.startswith(_INLINE):
+            return hashlib.sha256(row[1:]).hexdigest() == digest.hash
+        try:
+            with self.path_of(digest.hash).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == digest.hash
+        except FileNotFoundError:
+            if self._row(digest) is None:
+                raise not_found(blob_name(digest)) from None
+            return False
+
+    # ------------------------------------------------------------ taking out
+
+    def remove(self, digests: Sequence[digest_pb2.Digest], before_s: float) -> int:
+        """Removes the blobs of `digests` that are still free, and returns the bytes freed.
+
+        Args:
+            digests: Blobs that nothing refers to.
+            before_s: What was used since, by the clock of `leases`, stays.
+        """
+        condemned = [d for d in digests if self.leases.condemn(d.hash, before_s)]
+
+        def work(row: Row) -> list[digest_pb2.Digest]:
+            gone = []
+            for digest in condemned:
+                # A writer may have come meanwhile: it does not know that the blob was there.
+                if self.leases.is_free(digest.hash, before_s):
+                    row.delete(bytes.fromhex(digest.hash), db=self._table)
+                    gone.append(digest)
+            return gone
+
+        gone: list[digest_pb2.Digest] = []
+        try:
+            gone = self._store.submit(work, frees=True).result()
+            for digest in gone:
+                self.remove_file(digest.hash, before_s)
+        finally:
+            for digest in condemned:
+                self.leases.forget(digest.hash, removed=digest in gone)
+        freed_bytes = sum(digest.size_bytes for digest in gone)
+        self.room.count(-len(gone), -freed_bytes)
+        return freed_bytes
+
+    def remove_file(self, name: str, before_s: float) -> bool:
+        """Removes a file that is no blob, unless an upload of the same content is under way."""
+        with self._placing:
+            digest_row = self._raw_row(name)
+            if digest_row is not None or not self.leases.is_free(name, before_s):
+                return False
+            self.path_of(name).unlink(missing_ok=True)
+            return True
+
+    def put_aside(self, digest: digest_pb2.Digest) -> None:
+        """Puts a blob that is not sound into quarantine."""
+        row = self._row(digest)
+        if row is not None and row.startswith(_INLINE):
+            self._quarantine(digest, row[1:])
+        elif row is not None:
+            try:
+                signature = _signature(self.path_of(digest.hash).stat())
+            except FileNotFoundError:
+                self._quarantine(digest, None)
+            else:
+                self._quarantine(digest, signature)
+
+    def _quarantine(
+        self, digest: digest_pb2.Digest, found: Signature | bytes | None
+    ) -> ServiceError:
+        """Takes a damaged blob out, unless it has been replaced since, and returns DATA_LOSS.
+
+        Args:
+            digest: The blob.
+            found: The damaged bytes of a row, or the version of a file; None for a missing file.
+        """
+        key = bytes.fromhex(digest.hash)
+        path = self.path_of(digest.hash)
+        aside = self._damaged / f"{digest.hash}.{secrets.token_hex(4)}"
+
+        def version() -> Signature | None:
+            try:
+                return _signature(path.stat())
+            except FileNotFoundError:
+                return None
+
+        def work(row: Row) -> bool:
+            stored = row.get(key, db=self._table)
+            if stored is None:
+                return False
+            if isinstance(found, bytes):
+                if stored != _INLINE + found:
+                    return False
+            elif version() != found:
+                return False
+            row.delete(key, db=self._table)
+            size = digest.size_bytes.to_bytes(8, "big")
+            row.put(key, size + aside.name.encode(), db=self._quarantined)
+            return True
+
+        if self._store.submit(work, frees=True).result():
+            LOG.error("%s is damaged at rest: put into quarantine as %s", blob_name(digest), aside)
+            self.room.count(-1, -digest.size_bytes)
+            if isinstance(found, bytes):
+                aside.write_bytes(found)
+            else:
+                with self._placing:
+                    if found is not None and version() == found:
+                        path.replace(aside)
+        return _lost(digest)
+
+    # ------------------------------------------------------------ rows and files
+
+    def path_of(self, name: str) -> Path:
+        """Returns where the file of a hash stands."""
+        return self.files / name[:2] / name
 
     def _row(self, digest: digest_pb2.Digest) -> bytes | None:
         """Returns the row of the blob; None where there is none of that hash and size."""
         if digest.hash == EMPTY_HASH:
             return _INLINE
-        with self._store.reading() as snapshot:
-            row = snapshot.get(bytes.fromhex(digest.hash), db=self._table)
-        if row is None:
-            return None
-        size_bytes = len(row) - 1 if row.startswith(_INLINE) else int.from_bytes(row[1:], "big")
-        return row if size_bytes == digest.size_bytes else None
+        row = self._raw_row(digest.hash)
+        return row if row is not None and row_size(row) == digest.size_bytes else None
 
-    def _path(self, name: str) -> Path:
-        return self._files / name[:2] / name
+    def _raw_row(self, name: str) -> bytes | None:
+        with self._store.reading() as snapshot:
+            return snapshot.get(bytes.fromhex(name), db=self._table)
+
+    def _absent(self, digest: digest_pb2.Digest) -> ServiceError:
+        with self._store.reading() as snapshot:
+            row = snapshot.get(bytes.fromhex(digest.hash), db=self._quarantined)
+        if row is not None and int.from_bytes(row[:8], "big") == digest.size_bytes:
+            return _lost(digest)
+        return not_found(blob_name(digest))
+
+    def _enter(self, digest: digest_pb2.Digest, row: bytes) -> "Future[None]":
+        key = bytes.fromhex(digest.hash)
+        is_new = False
+
+        def work(transaction: Row) -> None:
+            nonlocal is_new
+            is_new = transaction.get(key, db=self._table) is None
+            transaction.put(key, row, db=self._table)
+            transaction.delete(key, db=self._quarantined)
+
+        def count(done: "Future[None]") -> None:
+            if not done.cancelled() and done.exception() is None and is_new:
+                self.room.count(1, digest.size_bytes)
+
+        future = self._store.submit(work, len(row))
+        future.add_done_callback(count)
+        return future
+
+    def _take_over(self, digest: digest_pb2.Digest, offset: int, path: Path) -> None:
+        """Moves what an interrupted upload left to `path`, if it is as long as is expected."""
+        held = self._parked_bytes(digest)
+        try:
+            if held != offset:
+                raise FileNotFoundError
+            (self.parked / digest.hash).rename(path)
+        except FileNotFoundError:
+            raise aborted(
+                "OFFSET_MISMATCH",
+                f"{blob_name(digest)}: write_offset is {offset} but {held} bytes are held",
+                committed_size=str(held),
+            ) from None
 
     def _parked_bytes(self, digest: digest_pb2.Digest) -> int:
         try:
-            size_bytes = (self._partial / digest.hash).stat().st_size
+            size_bytes = (self.parked / digest.hash).stat().st_size
         except FileNotFoundError:
             return 0
         return size_bytes if size_bytes <= digest.size_bytes else 0
 
-    def _park(self, path: Path, name: str) -> None:
-        """Keeps an interrupted upload for the next writer, unless more is already there."""
-        parked = self._partial / name
-        if parked.exists() and parked.stat().st_size >= path.stat().st_size:
-            path.unlink()
-        else:
-            path.replace(parked)
-
-    def _enter(self, digest: digest_pb2.Digest, row: bytes) -> "Future[None]":
-        key = bytes.fromhex(digest.hash)
-
-        def work(transaction: Row) -> None:
-            transaction.put(key, row, db=self._table)
-
-        return self._store.submit(work, len(row))
-
-    def _damaged(self, digest: digest_pb2.Digest) -> ServiceError:
-        """Takes a damaged blob out of the store, so that it can be written again."""
-        LOG.error("%s is damaged at rest and has been taken out", blob_name(digest))
-        key = bytes.fromhex(digest.hash)
-
-        def work(transaction: Row) -> None:
-            transaction.delete(key, db=self._table)
-
-        self._store.submit(work).result()
-        path = self._path(digest.hash)
-        if path.exists():
-            path.rename(self._partial / f"damaged-{digest.hash}-{secrets.token_hex(4)}")
-        return data_loss(
-            f"{blob_name(digest)} is damaged at rest: upload it again", name=blob_name(digest)
+    def _all_parked_bytes(self) -> int:
+        return sum(
+            entry.stat().st_size for entry in os.scandir(self.parked) if "." not in entry.name
         )
 
 
-class Upload:
-    """One upload under way. Every one ends with `finish` or `interrupt`.
+def _signature(facts: os.stat_result) -> Signature:
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size
 
-    Args:
-        blobs: Where it will be stored.
-        digest: What it must turn out to be.
-        path: The file that it writes, with what was uploaded before.
-    """
 
-    def __init__(self, blobs: BlobStore, digest: digest_pb2.Digest, path: Path) -> None:
-        self._blobs = blobs
-        self._digest = digest
-        self._path = path
-        # A cancelled call is tidied up while its last chunk may still be on the way in.
-        self._lock = threading.Lock()
-        self._hasher = hashlib.sha256()
-        self._content = bytearray()
-        self.size_bytes = 0
-        """Number of bytes held so far."""
-        self._file = None if digest.size_bytes <= INLINE_BYTES else path.open("a+b")
-        if self._file is not None:
-            self._file.seek(0)
-            while chunk := self._file.read(MAX_CHUNK_BYTES):
-                self._hasher.update(chunk)
-                self.size_bytes += len(chunk)
-
-    @property
-    def complete(self) -> bool:
-        """Whether as many bytes are held as the digest says."""
-        return self.size_bytes == self._digest.size_bytes
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Appends a chunk.
-
-        Raises:
-            ServiceError: INVALID_ARGUMENT for a gap, an overlap, or bytes beyond the size;
-                RESOURCE_EXHAUSTED where the disk is full.
-        """
-        with self._lock:
-            if offset != self.size_bytes:
-                raise invalid("write_offset", offset, f"must be {self.size_bytes}, the bytes held")
-            if len(data) > MAX_CHUNK_BYTES:
-                raise invalid(
-                    "data", f"{len(data)} bytes", f"must be at most {MAX_CHUNK_BYTES} bytes"
-                )
-            if self.size_bytes + len(data) > self._digest.size_bytes:
-                rule = f"must not go beyond the size of the blob, {self._digest.size_bytes} bytes"
-                raise invalid("data", f"{len(data)} bytes at {offset}", rule)
-            if self._file is None:
-                self._content += data
-            else:
-                try:
-                    self._file.write(data)
-                except OSError as error:
-                    raise _disk_error(error) from error
-            self._hasher.update(data)
-            self.size_bytes += len(data)
-
-    def finish(self) -> "Future[None]":
-        """Verifies the bytes and stores them; the future is done once they are durable.
-
-        Raises:
-            ServiceError: INVALID_ARGUMENT where the bytes are not what the digest says; they are
-                dropped then.
-        """
-        with self._lock:
-            assert self.complete
-            found = self._hasher.hexdigest()
-            if found != self._digest.hash:
-                self.drop()
-                raise invalid("digest.hash", self._digest.hash, f"is not that of the data, {found}")
-            if self._file is None:
-                return self._blobs._enter(self._digest, _INLINE + bytes(self._content))
-            target = self._blobs._path(self._digest.hash)
-            try:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                if not target.parent.exists():
-                    target.parent.mkdir(mode=0o700, exist_ok=True)
-                    _sync_folder(target.parent.parent)
-                self._path.replace(target)
-                _sync_folder(target.parent)
-            except OSError as error:
-                raise _disk_error(error) from error
-            size = self._digest.size_bytes.to_bytes(8, "big")
-            return self._blobs._enter(self._digest, _FILE + size)
-
-    def interrupt(self) -> int:
-        """Keeps what has come so far for a later writer, and returns how much that is in bytes."""
-        with self._lock:
-            if self._file is None or self._file.closed:
-                return 0
-            if self.size_bytes == 0:
-                self.drop()
-                return 0
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._blobs._park(self._path, self._digest.hash)
-            return self.size_bytes
-
-    def drop(self) -> None:
-        """Forgets what has come."""
-        if self._file is not None:
-            self._file.close()
-            self._path.unlink(missing_ok=True)
+def _lost(digest: digest_pb2.Digest) -> ServiceError:
+    name = blob_name(digest)
+    return data_loss(f"{name} was damaged at rest: upload it again", name=name)
 
 
 @lru_cache(maxsize=4096)
-def _file_hash(path: Path, signature: tuple[int, int, int]) -> str:
+def _file_hash(path: Path, signature: Signature) -> str:
     """Returns the SHA-256 of a file; `signature` tells its versions apart."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _disk_error(error: OSError) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return exhausted("DISK_FULL", "no room on the disk of the store")
-    return error

@@ -147,6 +147,8 @@ class Library:
         The future raises FAILED_PRECONDITION where its blueprint or its weights are not stored.
         """
         kernel = request.kernel
+        # Held until the kernel refers to it, so that it is not taken for garbage before.
+        self._blobs.leases.hold(kernel.weights.hash)
         has_weights = not kernel.HasField("weights") or self._blobs.contains(kernel.weights)
 
         def work(row: Row) -> pb.CreateKernelResponse:
@@ -173,7 +175,9 @@ class Library:
                 self._save(row, "kernels", record)
             return pb.CreateKernelResponse(kernel=record)
 
-        return self._once("CreateKernel", request, pb.CreateKernelResponse, work)
+        future = self._once("CreateKernel", request, pb.CreateKernelResponse, work)
+        future.add_done_callback(lambda _: self._blobs.leases.release(kernel.weights.hash))
+        return future
 
     def get_kernel(self, name: str) -> pb.KernelRecord:
         """Returns a stored kernel.

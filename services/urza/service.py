@@ -18,22 +18,22 @@ from esper.services.store.opening import Schema
 from esper.services.urza import library
 from esper.services.urza import runs
 from esper.services.urza import validate
-from esper.services.urza.blobs import TABLE as BLOB_TABLE
+from esper.services.urza.blobs import TABLES as BLOB_TABLES
 from esper.services.urza.blobs import BlobStore
-from esper.services.urza.blobs import Upload
 from esper.services.urza.library import Library
 from esper.services.urza.names import check_digest
 from esper.services.urza.resources import digest_of_blueprint
 from esper.services.urza.resources import digest_of_kernel
 from esper.services.urza.run_servicer import RunServicer
 from esper.services.urza.runs import Runs
+from esper.services.urza.uploads import Upload
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import blob_pb2_grpc
 from esper.urza.v1 import library_pb2
 from esper.urza.v1 import library_pb2_grpc
 from esper.urza.v1 import run_pb2_grpc
 
-SCHEMA = Schema((BLOB_TABLE, *library.TABLES, *runs.TABLES), version=1)
+SCHEMA = Schema((*BLOB_TABLES, *library.TABLES, *runs.TABLES), version=1)
 
 T = TypeVar("T")
 

@@ -10,8 +10,9 @@ from esper.services.serving.errors import ServiceError
 from esper.services.serving.limits import MAX_CHUNK_BYTES
 from esper.services.store.engine import Store
 from esper.services.store.opening import Schema
-from esper.services.urza.blobs import INLINE_BYTES
+from esper.services.urza.blobs import TABLES
 from esper.services.urza.blobs import BlobStore
+from esper.services.urza.uploads import INLINE_BYTES
 
 LARGE = 3 * MAX_CHUNK_BYTES + 17
 
@@ -28,7 +29,7 @@ class Opened:
         self.reopen()
 
     def reopen(self) -> None:
-        self.store = Store(self.folder, Schema(("blobs",), 1))
+        self.store = Store(self.folder, Schema(TABLES, 1))
         self.blobs = BlobStore(self.store, self.folder / "blobs")
 
     def write(self, data: bytes, offset: int = 0) -> digest_pb2.Digest:

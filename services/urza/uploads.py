@@ -1,0 +1,163 @@
+"""One upload of a blob."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Protocol
+
+from esper.common.v1 import digest_pb2
+from esper.services.serving.errors import exhausted
+from esper.services.serving.errors import invalid
+from esper.services.serving.limits import MAX_CHUNK_BYTES
+from esper.services.store.limits import RETRY_AFTER_S
+
+INLINE_BYTES = 64 << 10
+"""Blobs up to this size are kept in the row; larger ones are files."""
+
+
+class Destination(Protocol):
+    """Where uploads go."""
+
+    def enter_content(self, digest: digest_pb2.Digest, content: bytes) -> "Future[None]":
+        """Stores a verified small blob."""
+
+    def enter_file(self, digest: digest_pb2.Digest, path: Path) -> "Future[None]":
+        """Stores a verified and synced file."""
+
+    def park(self, path: Path, name: str) -> None:
+        """Keeps the file of an interrupted upload."""
+
+    def end_upload(self, digest: digest_pb2.Digest) -> None:
+        """Gives back what the upload was promised."""
+
+
+class Upload:
+    """One upload under way. Every one ends with `finish`, `interrupt` or `drop`.
+
+    Args:
+        blobs: Where it will be stored.
+        digest: What it must turn out to be.
+        path: The file that it writes, with what was uploaded before.
+    """
+
+    def __init__(self, blobs: Destination, digest: digest_pb2.Digest, path: Path) -> None:
+        self._blobs = blobs
+        self._digest = digest
+        self._path = path
+        # A cancelled call is tidied up while its last chunk may still be on the way in.
+        self._lock = threading.Lock()
+        self._hasher = hashlib.sha256()
+        self._content = bytearray()
+        self._ended = False
+        self.size_bytes = 0
+        """Number of bytes held so far."""
+        self._file = None if digest.size_bytes <= INLINE_BYTES else path.open("a+b")
+        if self._file is not None:
+            self._file.seek(0)
+            while chunk := self._file.read(MAX_CHUNK_BYTES):
+                self._hasher.update(chunk)
+                self.size_bytes += len(chunk)
+
+    @property
+    def complete(self) -> bool:
+        """Whether as many bytes are held as the digest says."""
+        return self.size_bytes == self._digest.size_bytes
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Appends a chunk.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a gap, an overlap, or bytes beyond the size;
+                RESOURCE_EXHAUSTED where the disk is full.
+        """
+        with self._lock:
+            if offset != self.size_bytes:
+                raise invalid("write_offset", offset, f"must be {self.size_bytes}, the bytes held")
+            if len(data) > MAX_CHUNK_BYTES:
+                raise invalid(
+                    "data", f"{len(data)} bytes", f"must be at most {MAX_CHUNK_BYTES} bytes"
+                )
+            if self.size_bytes + len(data) > self._digest.size_bytes:
+                rule = f"must not go beyond the size of the blob, {self._digest.size_bytes} bytes"
+                raise invalid("data", f"{len(data)} bytes at {offset}", rule)
+            if self._file is None:
+                self._content += data
+            else:
+                try:
+                    self._file.write(data)
+                except OSError as error:
+                    raise _disk_error(error) from error
+            self._hasher.update(data)
+            self.size_bytes += len(data)
+
+    def finish(self) -> "Future[None]":
+        """Verifies the bytes and stores them; the future is done once they are durable.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT where the bytes are not what the digest says; they are
+                dropped then. RESOURCE_EXHAUSTED where the disk is full.
+        """
+        with self._lock:
+            assert self.complete
+            found = self._hasher.hexdigest()
+            if found != self._digest.hash:
+                self._drop()
+                raise invalid("digest.hash", self._digest.hash, f"is not that of the data, {found}")
+            if self._file is None:
+                durable = self._blobs.enter_content(self._digest, bytes(self._content))
+            else:
+                try:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                    self._file.close()
+                    durable = self._blobs.enter_file(self._digest, self._path)
+                except OSError as error:
+                    raise _disk_error(error) from error
+            self._ended = True
+            durable.add_done_callback(lambda _: self._blobs.end_upload(self._digest))
+            return durable
+
+    def interrupt(self) -> int:
+        """Keeps what has come so far for a later writer, and returns how much that is in bytes."""
+        with self._lock:
+            if self._file is None or self.size_bytes == 0:
+                self._drop()
+                return 0
+            try:
+                if not self._file.closed:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                    self._file.close()
+                self._blobs.park(self._path, self._digest.hash)
+            except OSError:  # a full disk: what cannot be kept is not
+                self._drop()
+                return 0
+            self._end()
+            return self.size_bytes
+
+    def drop(self) -> None:
+        """Forgets what has come."""
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # closing writes what is left to write
+                self._file.close()
+            self._path.unlink(missing_ok=True)
+        self._end()
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._blobs.end_upload(self._digest)
+
+
+def _disk_error(error: OSError) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return exhausted("DISK_FULL", "no room on the disk of the store", RETRY_AFTER_S)
+    return error
