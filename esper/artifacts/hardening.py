@@ -18,6 +18,7 @@ from torch import nn
 
 from esper.blueprints import reference_module
 from esper.blueprints.kernels import CHANNEL_KINDS
+from esper.blueprints.kernels import source_axes
 from esper.common.v1 import kernel_pb2
 from esper.kasmina import KasminaLayer
 from esper.kasmina import MorphableModel
@@ -161,10 +162,10 @@ def _apply(
     """Writes a graft's function into the graph, in plain torch operators; features last."""
     kernel = kernel_pb2.Kernel()
     kernel.CopyFrom(graft.kernel)
-    is_graph = kernel.WhichOneof("lowering") == "graph"
-    planes = is_graph and kernel.signature.slot_kind in CHANNEL_KINDS
-    if not is_graph:
-        # The native families work on features wherever they are, and get them last here.
+    laid_out = kernel.HasField("graph") or source_axes(kernel) is not None
+    planes = laid_out and kernel.signature.slot_kind in CHANNEL_KINDS
+    if not laid_out:
+        # A native family that knows tokens alone takes features wherever they are: last, here.
         kernel.signature.slot_kind = kernel_pb2.SLOT_KIND_LINEAR
     # In eval mode: a graph holds the mode that it was traced in, and dropout noise would stay.
     function = fx.symbolic_trace(reference_module(kernel).eval())

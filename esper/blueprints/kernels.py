@@ -13,6 +13,8 @@ from esper.blueprints.rules import Parameter
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
 
+MAX_WINDOW = 31
+
 CHANNEL_KINDS = (kernel_pb2.SLOT_KIND_CONV, kernel_pb2.SLOT_KIND_CHANNEL_NORM)
 
 ACTIVATIONS = {
@@ -97,6 +99,20 @@ def graph_names(graph: CheckedGraph) -> dict[tuple[int, str], str]:
     }
 
 
+def source_axes(kernel: kernel_pb2.Kernel) -> int | None:
+    """Returns the number of axes that a kernel needs its source to have; None where any will do."""
+    match kernel.WhichOneof("lowering"):
+        case "squeeze_excite":
+            return kernel.squeeze_excite.position_axes + 2
+        case "depthwise":
+            return kernel.depthwise.position_axes + 2
+        case "graph":
+            num_axes = len(kernel.graph.graph.inputs[0].shape.dims)
+            return num_axes if num_axes > 2 else None  # two are tokens: any number is flattened
+        case _:
+            return None
+
+
 def computation(kernel: kernel_pb2.Kernel) -> Computation:
     """Returns what a kernel's lowering computes, made of plain ops.
 
@@ -111,6 +127,10 @@ def computation(kernel: kernel_pb2.Kernel) -> Computation:
             graph, names = _bottleneck(kernel.bottleneck, signature)
         case "affine":
             graph, names = _affine(kernel.affine, signature)
+        case "squeeze_excite":
+            graph, names = _squeeze_excite(kernel.squeeze_excite, signature)
+        case "depthwise":
+            graph, names = _depthwise(kernel.depthwise, signature)
         case "noop":
             builder = GraphBuilder(signature.source)
             graph = builder.returns(builder.node("scale", builder.input, factor=0.0))
@@ -251,17 +271,10 @@ def parameter_count(specs: list[kernel_pb2.ParameterSpec]) -> int:
 def _bottleneck(
     lowering: kernel_pb2.BottleneckLowering, signature: kernel_pb2.KernelSignature
 ) -> tuple[blueprint_pb2.Graph, ParameterNames]:
-    if lowering.activation not in _ACTIVATION_NAMES:
-        raise BlueprintError(
-            "kernel.bottleneck.activation", lowering.activation, "must be a known activation"
-        )
-    if not 1 <= lowering.rank <= MAX_ELEMENTS:
-        raise BlueprintError(
-            "kernel.bottleneck.rank", lowering.rank, f"must be 1 to {MAX_ELEMENTS}"
-        )
+    activation = _activation("bottleneck", lowering.activation)
+    _check_range("bottleneck.rank", lowering.rank, 1, MAX_ELEMENTS)
     if lowering.bias_gate and not lowering.gated:
         raise BlueprintError("kernel.bottleneck.bias_gate", True, "must be false without gated")
-    activation = _ACTIVATION_NAMES[lowering.activation]
     builder = GraphBuilder(signature.source)
     rank = lowering.rank
     names: dict[tuple[int, str], str] = {}
@@ -298,3 +311,74 @@ def _affine(
     if lowering.bias:
         names[0, "bias"] = "b"
     return builder.returns(result), names
+
+
+def _squeeze_excite(
+    lowering: kernel_pb2.SqueezeExciteLowering, signature: kernel_pb2.KernelSignature
+) -> tuple[blueprint_pb2.Graph, ParameterNames]:
+    activation = _activation("squeeze_excite", lowering.activation)
+    _check_range("squeeze_excite.rank", lowering.rank, 1, MAX_ELEMENTS)
+    layout, conv = _planes("squeeze_excite", lowering.position_axes)
+    builder = GraphBuilder(signature.source, layout)
+    pooled = builder.node("pool", builder.input, kernel=0)
+    hidden = builder.node(conv, pooled, out=lowering.rank, kernel=1, bias=lowering.bias_in)
+    if activation != "identity":
+        hidden = builder.node(activation, hidden)
+    last = len(builder.graph.nodes)
+    gate = builder.node(conv, hidden, out="D", kernel=1, bias=lowering.bias_out)
+    result = builder.node("gate", builder.input, gate, activation="tanh")
+    return builder.returns(result), _product_names(1, lowering.bias_in, last, lowering.bias_out)
+
+
+def _depthwise(
+    lowering: kernel_pb2.DepthwiseLowering, signature: kernel_pb2.KernelSignature
+) -> tuple[blueprint_pb2.Graph, ParameterNames]:
+    activation = _activation("depthwise", lowering.activation)
+    _check_range("depthwise.window", lowering.window, 1, MAX_WINDOW)
+    if lowering.window % 2 == 0:
+        raise BlueprintError("kernel.depthwise.window", lowering.window, "must be odd")
+    layout, conv = _planes("depthwise", lowering.position_axes)
+    builder = GraphBuilder(signature.source, layout)
+    channels = signature.source_width
+    hidden = builder.node(
+        conv,
+        builder.input,
+        out=channels,
+        groups=channels,
+        kernel=lowering.window,
+        bias=lowering.bias_in,
+    )
+    if activation != "identity":
+        hidden = builder.node(activation, hidden)
+    last = len(builder.graph.nodes)
+    result = builder.node(conv, hidden, out="D", kernel=1, bias=lowering.bias_out)
+    return builder.returns(result), _product_names(0, lowering.bias_in, last, lowering.bias_out)
+
+
+def _product_names(first: int, bias_in: bool, last: int, bias_out: bool) -> ParameterNames:
+    """Names of what goes into the hidden features at one node and out of them at another."""
+    names = {(first, "weight"): "A"}
+    if bias_in:
+        names[first, "bias"] = "a"
+    names[last, "weight"] = "B"
+    if bias_out:
+        names[last, "bias"] = "b"
+    return names
+
+
+def _planes(family: str, position_axes: int) -> tuple[Layout, str]:
+    _check_range(f"{family}.position_axes", position_axes, 1, 2)
+    return (Layout.PLANE_1D, "conv1d") if position_axes == 1 else (Layout.PLANE_2D, "conv2d")
+
+
+def _activation(family: str, activation: kernel_pb2.Activation) -> str:
+    if activation not in _ACTIVATION_NAMES:
+        raise BlueprintError(
+            f"kernel.{family}.activation", activation, "must be a known activation"
+        )
+    return _ACTIVATION_NAMES[activation]
+
+
+def _check_range(field: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise BlueprintError(f"kernel.{field}", value, f"must be {low} to {high}")

@@ -14,6 +14,7 @@ from esper.blueprints.checker import MAX_RANK
 from esper.blueprints.checker import Layout
 from esper.blueprints.errors import BlueprintError
 from esper.blueprints.kernels import ACTIVATIONS
+from esper.blueprints.kernels import MAX_WINDOW
 from esper.common.v1 import blueprint_pb2
 
 _SOURCES = {
@@ -135,20 +136,49 @@ def _norm_mlp(chosen: Attributes) -> blueprint_pb2.Graph:
     return graph.returns(graph.node("linear", hidden, out="D", init="zeros"))
 
 
+def _squeeze_excite(chosen: Attributes) -> blueprint_pb2.Graph:
+    layout, conv = _planes(chosen)
+    activation = chosen.word("activation")
+    graph = GraphBuilder(layout=layout)
+    hidden = graph.node("pool", graph.input, kernel=0)
+    hidden = graph.node(conv, hidden, out="R", kernel=1, gain=chosen.number("gain"))
+    if activation != "identity":
+        hidden = graph.node(activation, hidden)
+    gate = graph.node(conv, hidden, out="D", kernel=1, init="zeros")
+    return graph.returns(graph.node("gate", graph.input, gate, activation="tanh"))
+
+
 def _depthwise(chosen: Attributes) -> blueprint_pb2.Graph:
     kernel = chosen.integer("kernel")
     if kernel % 2 == 0:
         raise BlueprintError("hyperparameters.kernel", kernel, "must be odd")
-    graph = GraphBuilder(layout=Layout.PLANE_2D)
+    layout, conv = _planes(chosen)
+    source = chosen.word("source")
+    channels = "D" if source == "output" else "C"
+    graph = GraphBuilder(_SOURCES[source], layout)
     hidden = graph.node(
-        "conv2d", graph.input, out="D", groups="D", kernel=kernel, gain=chosen.number("gain")
+        conv,
+        graph.input,
+        out=channels,
+        groups=channels,
+        kernel=kernel,
+        gain=chosen.number("gain"),
     )
     hidden = graph.node("relu", hidden)
-    return graph.returns(graph.node("conv2d", hidden, out="D", kernel=1, init="zeros"))
+    return graph.returns(graph.node(conv, hidden, out="D", kernel=1, init="zeros"))
 
 
+def _planes(chosen: Attributes) -> tuple[Layout, str]:
+    one = chosen.integer("positions") == 1
+    return (Layout.PLANE_1D, "conv1d") if one else (Layout.PLANE_2D, "conv2d")
+
+
+_POSITIONS = Hyperparameter(
+    AttributeSpec("positions", Kind.INT, 2, low=1, high=2),
+    "axes of the slot beside samples and channels",
+)
 _KERNEL = Hyperparameter(
-    AttributeSpec("kernel", Kind.INT, 3, low=1, high=31), "side of the window, odd"
+    AttributeSpec("kernel", Kind.INT, 3, low=1, high=MAX_WINDOW), "side of the window, odd"
 )
 
 _TEMPLATES: Mapping[str, Template] = {
@@ -179,9 +209,15 @@ _TEMPLATES: Mapping[str, Template] = {
         (_rank(16), _SOURCE, _gain(_RECTIFIER_GAIN)),
         _norm_mlp,
     ),
+    "squeeze_excite": Template(
+        "A gate for each channel, learned from its mean (Hu et al., arXiv 1709.01507).",
+        (_rank(8), _activation("relu"), _POSITIONS, _gain(_RECTIFIER_GAIN)),
+        _squeeze_excite,
+    ),
     "depthwise": Template(
-        "A depthwise convolution over [N, C, H, W] mixed by a pointwise one.",
-        (_KERNEL, _gain(_RECTIFIER_GAIN)),
+        "A convolution of each channel by itself, mixed by a pointwise one (Chollet, arXiv "
+        "1610.02357).",
+        (_KERNEL, _POSITIONS, _SOURCE, _gain(_RECTIFIER_GAIN)),
         _depthwise,
     ),
 }

@@ -1,6 +1,7 @@
 """Lowers blueprints to kernels: a native family where the graph is one, else the interpreter."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from esper.blueprints.attributes import encode
@@ -43,6 +44,18 @@ PIPELINES = (
         "bottleneck",
         "low_rank_matmul; or linear, activation (identity, relu, gelu, silu, tanh), linear; or two "
         "linears joined by a gate with one of these activations, then linear",
+        True,
+    ),
+    Pipeline(
+        "squeeze_excite",
+        "the source gated by tanh of: global pool, pointwise convolution, activation, pointwise "
+        "convolution",
+        True,
+    ),
+    Pipeline(
+        "depthwise",
+        "depthwise convolution with an odd window that keeps the size, activation, pointwise "
+        "convolution",
         True,
     ),
     Pipeline("graph", "any other graph, by the reference interpreter", False),
@@ -95,6 +108,8 @@ def lower_with_mapping(
         or _match_low_rank(graph, kernel)
         or _match_bottleneck(graph, kernel)
         or _match_gated(graph, kernel)
+        or _match_squeeze_excite(graph, kernel)
+        or _match_depthwise(graph, kernel)
         or _fall_back(graph, kernel)
     )
     channels_first = signature.slot_kind in CHANNEL_KINDS
@@ -182,6 +197,76 @@ def _match_gated(graph: CheckedGraph, kernel: kernel_pb2.Kernel) -> _Names | Non
         | _linear_names(first, 0, "G", "c")
         | _linear_names(leave, 3, "B", "b")
     )
+
+
+def _match_squeeze_excite(graph: CheckedGraph, kernel: kernel_pb2.Kernel) -> _Names | None:
+    ops = _ops(graph)
+    if not ops or ops[0] != "pool" or ops[-1] != "gate":
+        return None
+    matched = _activated_convolutions(graph, ops[1:-1])
+    last = len(ops) - 2
+    pool, gate = graph.nodes[0], graph.nodes[-1]
+    # Chained up to the gate, which multiplies the input itself by what the chain made of it.
+    chained = all(graph.nodes[index].inputs == ((index, 0),) for index in range(last + 1))
+    if matched is None or not chained or gate.inputs != ((0, 0), (last + 1, 0)):
+        return None
+    entry, leave = graph.nodes[1], graph.nodes[last]
+    if pool.attributes.integer("kernel") != 0 or gate.attributes.word("activation") != "tanh":
+        return None
+    # The gate has the input's features: others would have to be broadcast.
+    if not _is_pointwise(entry) or leave.attributes.size("out").fixed != _channels(graph):
+        return None
+    kernel.squeeze_excite.activation = matched
+    kernel.squeeze_excite.rank = entry.attributes.size("out").fixed or 0
+    kernel.squeeze_excite.bias_in = entry.attributes.flag("bias")
+    kernel.squeeze_excite.bias_out = leave.attributes.flag("bias")
+    kernel.squeeze_excite.position_axes = len(graph.input_shape) - 2
+    return _Names(_linear_names(entry, 1, "A", "a") | _linear_names(leave, last, "B", "b"))
+
+
+def _match_depthwise(graph: CheckedGraph, kernel: kernel_pb2.Kernel) -> _Names | None:
+    ops = _ops(graph)
+    matched = _activated_convolutions(graph, ops)
+    if matched is None:
+        return None
+    last = len(ops) - 1
+    entry, leave = graph.nodes[0], graph.nodes[last]
+    window, channels = entry.attributes.integer("kernel"), _channels(graph)
+    per_channel = entry.attributes.size("groups").fixed == channels
+    if not per_channel or entry.attributes.size("out").fixed != channels:
+        return None
+    # A window without dilation keeps the size, as the checker demands, only where it is odd.
+    if entry.attributes.integer("dilation") != 1 and window > 1:
+        return None
+    kernel.depthwise.activation = matched
+    kernel.depthwise.window = window
+    kernel.depthwise.bias_in = entry.attributes.flag("bias")
+    kernel.depthwise.bias_out = leave.attributes.flag("bias")
+    kernel.depthwise.position_axes = len(graph.input_shape) - 2
+    return _Names(_linear_names(entry, 0, "A", "a") | _linear_names(leave, last, "B", "b"))
+
+
+def _activated_convolutions(
+    graph: CheckedGraph, ops: Sequence[str]
+) -> kernel_pb2.Activation | None:
+    """The activation between two convolutions, the second of them pointwise; None if it is else."""
+    convolutions = ("conv1d", "conv2d")
+    if len(ops) not in (2, 3) or ops[0] not in convolutions or ops[-1] not in convolutions:
+        return None
+    between = ops[1] if len(ops) == 3 else "identity"
+    leave = max(i for i, node in enumerate(graph.nodes) if node.spec.name in convolutions)
+    if between not in ACTIVATIONS or not _is_pointwise(graph.nodes[leave]):
+        return None
+    return ACTIVATIONS[between]
+
+
+def _is_pointwise(node: CheckedNode) -> bool:
+    whole = node.attributes.size("groups").fixed == 1
+    return whole and node.attributes.integer("kernel") == 1
+
+
+def _channels(graph: CheckedGraph) -> int | None:
+    return graph.input_shape[graph.feature_axis].fixed
 
 
 def _fall_back(graph: CheckedGraph, kernel: kernel_pb2.Kernel) -> _Names:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from esper.blueprints import init_parameters
 from esper.blueprints import reference_module
 from esper.blueprints.init import check_weights
 from esper.blueprints.kernels import CHANNEL_KINDS
+from esper.blueprints.kernels import source_axes
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
 from esper.kasmina.ops import SeedPlan
@@ -40,10 +42,9 @@ def check_fit(kernel: kernel_pb2.Kernel, wanted: kernel_pb2.KernelSignature) -> 
     given = kernel.signature
     for field in ("chunk_width", "source_width"):
         _check_equal(field, getattr(given, field), getattr(wanted, field))
-    # The native families work on features wherever they are; a graph was made for one layout.
-    if kernel.HasField("graph") and (given.slot_kind in CHANNEL_KINDS) != (
-        wanted.slot_kind in CHANNEL_KINDS
-    ):
+    # A native family that knows tokens alone takes features wherever they are.
+    laid_out = kernel.HasField("graph") or source_axes(kernel) is not None
+    if laid_out and (given.slot_kind in CHANNEL_KINDS) != (wanted.slot_kind in CHANNEL_KINDS):
         raise BlueprintError(
             "signature.slot_kind",
             kernel_pb2.SlotKind.Name(given.slot_kind),
@@ -73,13 +74,13 @@ def check_target(
         kernel_pb2.DeviceClass.Name(given.device_class),
         kernel_pb2.DeviceClass.Name(wanted.device_class),
     )
-    if not kernel.HasField("graph"):
-        return
-    num_axes = len(kernel.graph.graph.inputs[0].shape.dims)
-    if num_axes > 2 and num_axes != output_axes:  # two axes are tokens: any number is flattened
+    num_axes = source_axes(kernel)
+    if num_axes is not None and num_axes != output_axes:
         seen = "never seen; run a forward first" if output_axes is None else f"{output_axes} axes"
         raise BlueprintError(
-            "graph.inputs[0].shape", f"{num_axes} axes", f"must fit the slot's output: {seen}"
+            f"kernel.{kernel.WhichOneof('lowering')}",
+            f"made for {num_axes} axes",
+            f"must fit the slot's output: {seen}",
         )
 
 
@@ -183,32 +184,46 @@ class Graft(nn.Module):
             end: One past its last feature.
             first_param: Index of its first tensor in the call's parameters.
         """
-        source = "input" if self.reads_input else "output"
-        if self.kernel.HasField("affine"):
-            return SeedPlan(
-                row,
-                begin,
-                end - begin,
-                source,
-                "affine",
-                first_param,
-                output_bias=self.kernel.affine.bias,
-            )
-        lowering = self.kernel.bottleneck
-        return SeedPlan(
-            row,
-            begin,
-            end - begin,
-            source,
-            "bottleneck",
-            first_param,
-            activation=_ACTIVATIONS[lowering.activation],
-            rank=lowering.rank,
-            gated=lowering.gated,
-            hidden_bias=lowering.bias_in,
-            gate_bias=lowering.bias_gate,
-            output_bias=lowering.bias_out,
+        plan = partial(
+            SeedPlan,
+            row=row,
+            offset=begin,
+            width=end - begin,
+            source="input" if self.reads_input else "output",
+            first_param=first_param,
         )
+        kernel = self.kernel
+        match kernel.WhichOneof("lowering"):
+            case "affine":
+                return plan(family="affine", output_bias=kernel.affine.bias)
+            case "squeeze_excite":
+                return plan(
+                    family="squeeze_excite",
+                    activation=_ACTIVATIONS[kernel.squeeze_excite.activation],
+                    rank=kernel.squeeze_excite.rank,
+                    hidden_bias=kernel.squeeze_excite.bias_in,
+                    output_bias=kernel.squeeze_excite.bias_out,
+                )
+            case "depthwise":
+                return plan(
+                    family="depthwise",
+                    activation=_ACTIVATIONS[kernel.depthwise.activation],
+                    rank=kernel.signature.source_width,
+                    hidden_bias=kernel.depthwise.bias_in,
+                    output_bias=kernel.depthwise.bias_out,
+                    window=kernel.depthwise.window,
+                )
+            case lowering:
+                assert lowering == "bottleneck", lowering
+                return plan(
+                    family="bottleneck",
+                    activation=_ACTIVATIONS[kernel.bottleneck.activation],
+                    rank=kernel.bottleneck.rank,
+                    gated=kernel.bottleneck.gated,
+                    hidden_bias=kernel.bottleneck.bias_in,
+                    gate_bias=kernel.bottleneck.bias_gate,
+                    output_bias=kernel.bottleneck.bias_out,
+                )
 
     @property
     def reads_input(self) -> bool:

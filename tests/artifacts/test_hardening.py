@@ -269,6 +269,8 @@ def test_parts_of_an_encoder_layer_survive_its_fast_path(plant: Plant) -> None:
         ("1", "affine"),
         ("2", "bottleneck"),
         ("2", "depthwise"),
+        ("1", "depthwise"),
+        ("2", "squeeze_excite"),
     ],
 )
 def test_channels_on_axis_one(slot: str, blueprint: str, plant: Plant) -> None:
@@ -289,7 +291,7 @@ def test_channels_on_axis_one(slot: str, blueprint: str, plant: Plant) -> None:
 def test_every_blueprint_hardens(plant: Plant) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 8)
-    for blueprint in set(esper.blueprints.names()) - {"noop", "depthwise"}:
+    for blueprint in set(esper.blueprints.names()) - {"noop", "squeeze_excite", "depthwise"}:
         model = esper.wrap(nn.Sequential(nn.Linear(8, 8)), seeds_per_layer=2)
         bare = model(x)
         plant(model, "0", 0, blueprint)

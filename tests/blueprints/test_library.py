@@ -13,11 +13,13 @@ from esper.blueprints.lowering import lower
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
 
+PLANES = ("squeeze_excite", "depthwise")  # blueprints over channels on axis 1
+
 
 def kernel_of(name: str) -> kernel_pb2.Kernel:
     blueprint = get(name)
     source = blueprint.graph.inputs[0].source
-    conv = name == "depthwise"
+    conv = name in PLANES
     return lower(
         blueprint,
         kernel_pb2.KernelSignature(
@@ -41,7 +43,7 @@ def test_adds_exactly_zero_at_birth_and_learns_from_the_first_step(name: str) ->
     weights = init_parameters(kernel, torch.Generator().manual_seed(1))
     module = reference_module(kernel, weights)
     width = kernel.signature.source_width
-    source = torch.randn((3, width, 4, 4) if name == "depthwise" else (3, width))
+    source = torch.randn((3, width, 4, 4) if name in PLANES else (3, width))
     g = module(source)
     assert g.shape[1] == 8
     assert torch.count_nonzero(g) == 0
@@ -93,6 +95,7 @@ def test_choices_reach_graph_and_record() -> None:
         ("lora", {"source": "both"}, "hyperparameters.source", "both", "one of output, input"),
         ("glu", {"activation": "elu"}, "hyperparameters.activation", "elu", "one of identity"),
         ("glu", {"activation": 1}, "hyperparameters.activation", "1", "a word"),
+        ("squeeze_excite", {"positions": 3}, "hyperparameters.positions", "3", "at most 2"),
         ("depthwise", {"kernel": 4}, "hyperparameters.kernel", "4", "must be odd"),
     ],
 )

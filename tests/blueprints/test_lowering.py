@@ -78,6 +78,42 @@ def lowering_of(kernel: kernel_pb2.Kernel) -> object:
             ),
             ["A", "G", "B"],
         ),
+        (
+            "squeeze_excite",
+            {"rank": 4, "activation": "silu"},
+            kernel_pb2.SqueezeExciteLowering(
+                activation=kernel_pb2.ACTIVATION_SILU,
+                rank=4,
+                bias_in=True,
+                bias_out=True,
+                position_axes=2,
+            ),
+            ["A", "a", "B", "b"],
+        ),
+        (
+            "squeeze_excite",
+            {"activation": "identity", "positions": 1},
+            kernel_pb2.SqueezeExciteLowering(
+                activation=kernel_pb2.ACTIVATION_IDENTITY,
+                rank=8,
+                bias_in=True,
+                bias_out=True,
+                position_axes=1,
+            ),
+            ["A", "a", "B", "b"],
+        ),
+        (
+            "depthwise",
+            {"kernel": 5, "positions": 1},
+            kernel_pb2.DepthwiseLowering(
+                activation=kernel_pb2.ACTIVATION_RELU,
+                window=5,
+                bias_in=True,
+                bias_out=True,
+                position_axes=1,
+            ),
+            ["A", "a", "B", "b"],
+        ),
     ],
 )
 def test_starting_blueprints_run_natively(
@@ -87,12 +123,14 @@ def test_starting_blueprints_run_natively(
     parameters: list[str],
 ) -> None:
     blueprint = get(name, **hyperparameters)
-    kernel = lower(blueprint, place())
+    planes = name in ("squeeze_excite", "depthwise")
+    kind = kernel_pb2.SLOT_KIND_CONV if planes else kernel_pb2.SLOT_KIND_LINEAR
+    kernel = lower(blueprint, place(kind=kind))
     assert lowering_of(kernel) == expected
     assert [spec.name for spec in kernel.parameters] == parameters
     assert kernel.blueprint_digest == blueprint_digest(blueprint)
     assert kernel.blueprint_name == name
-    assert kernel.signature == place()
+    assert kernel.signature == place(kind=kind)
     check_kernel(kernel)
 
 
@@ -159,6 +197,71 @@ def test_what_no_family_computes_goes_to_the_interpreter(
     kernel = lower(blueprint, place())
     assert kernel.WhichOneof("lowering") == "graph"
     check_kernel(kernel)
+
+
+def squeeze_excite(
+    pool: int = 0, groups: int = 1, activation: str = "tanh", out: str | int = "D"
+) -> blueprint_pb2.Blueprint:
+    graph = GraphBuilder(layout=Layout.PLANE_2D)
+    pooled = graph.node("pool", graph.input, kernel=pool)
+    hidden = graph.node("relu", graph.node("conv2d", pooled, out=4, kernel=1, groups=groups))
+    gate = graph.node("conv2d", hidden, out=out, kernel=1)
+    result = graph.node("gate", graph.input, gate, activation=activation)
+    return blueprint_pb2.Blueprint(name="squeezed", graph=graph.returns(result))
+
+
+def depthwise(groups: int = 8, pointwise: int = 1, **entry: int) -> blueprint_pb2.Blueprint:
+    graph = GraphBuilder(layout=Layout.PLANE_2D)
+    hidden = graph.node("conv2d", graph.input, out=8, groups=groups, **({"kernel": 3} | entry))
+    hidden = graph.node("relu", hidden)
+    out = graph.node("conv2d", hidden, out="D", kernel=pointwise)
+    return blueprint_pb2.Blueprint(name="separable", graph=graph.returns(out))
+
+
+@pytest.mark.parametrize(
+    ("blueprint", "family"),
+    [
+        (squeeze_excite(), "squeeze_excite"),
+        (squeeze_excite(pool=3), "graph"),
+        (squeeze_excite(groups=2), "graph"),
+        (squeeze_excite(activation="sigmoid"), "graph"),
+        (squeeze_excite(out=1), "graph"),
+        (depthwise(), "depthwise"),
+        (depthwise(kernel=5), "depthwise"),
+        (depthwise(groups=4), "graph"),
+        (depthwise(groups=1), "graph"),
+        (depthwise(dilation=2), "graph"),
+        (depthwise(pointwise=3), "graph"),
+    ],
+)
+def test_only_what_a_spatial_family_computes_runs_in_it(
+    blueprint: blueprint_pb2.Blueprint, family: str
+) -> None:
+    kernel = lower(blueprint, place(kind=kernel_pb2.SLOT_KIND_CONV))
+    assert kernel.WhichOneof("lowering") == family
+    check_kernel(kernel)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "rule"),
+    [
+        ("squeeze_excite", "rank", 0, "must be 1 to"),
+        ("squeeze_excite", "activation", 9, "known activation"),
+        ("squeeze_excite", "position_axes", 3, "must be 1 to 2"),
+        ("depthwise", "window", 4, "must be odd"),
+        ("depthwise", "window", 33, "must be 1 to 31"),
+        ("depthwise", "position_axes", 0, "must be 1 to 2"),
+    ],
+)
+def test_spatial_lowerings_out_of_bounds_are_refused(
+    name: str, field: str, value: int, rule: str
+) -> None:
+    kernel = lower(get(name), place(kind=kernel_pb2.SLOT_KIND_CONV))
+    setattr(lowering_of(kernel), field, value)
+    with pytest.raises(BlueprintError) as caught:
+        check_kernel(kernel)
+    assert caught.value.field == f"kernel.{name}.{field}"
+    assert rule in caught.value.rule
 
 
 def test_a_scale_along_time_is_not_affine() -> None:

@@ -182,9 +182,9 @@ def test_input_seeds_need_an_input_of_the_outputs_tokens():
         model.germinate(slot, 0, "lora", rank=1)
 
 
-def test_a_graph_over_images_needs_to_have_seen_them():
+def test_a_seed_over_images_needs_to_have_seen_them():
     model = wrap(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)))
-    with pytest.raises(ValueError, match=r"graph.inputs\[0\].shape is '4 axes'.*never seen"):
+    with pytest.raises(ValueError, match="kernel.depthwise is 'made for 4 axes'.*never seen"):
         model.germinate("0", 0, "depthwise")
     model(torch.randn(2, 3, 5, 5))
     model.germinate("0", 0, "depthwise")

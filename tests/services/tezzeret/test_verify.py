@@ -52,7 +52,7 @@ def lowered(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", names())
 def test_starting_blueprints_pass_in_every_type(name: str, dtype: kernel_pb2.DataType) -> None:
-    for conv in (False, True) if name != "depthwise" else (True,):
+    for conv in (True,) if name in ("squeeze_excite", "depthwise") else (False, True):
         report = verify(lowered(get(name), dtype=dtype, conv=conv))
         assert report.passed, report.detail
         assert report.num_cases == 3
@@ -61,6 +61,22 @@ def test_starting_blueprints_pass_in_every_type(name: str, dtype: kernel_pb2.Dat
         assert report.torch_version and report.esper_version
         if dtype == kernel_pb2.DATA_TYPE_FLOAT64:
             assert report.tolerance < 1e-11
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(["squeeze_excite", "depthwise"]),
+    positions=st.integers(1, 2),
+    size=st.integers(1, 20),
+    width=st.integers(1, 20),
+)
+def test_spatial_families_equal_the_reference_for_any_shape(
+    name: str, positions: int, size: int, width: int
+) -> None:
+    own = {"rank": size} if name == "squeeze_excite" else {"kernel": 2 * (size % 3) + 1}
+    report = verify(lowered(get(name, positions=positions, **own), width=width, conv=True))
+    assert report.passed, report.detail
+    assert "compiled core" in report.detail
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
