@@ -5,9 +5,11 @@ import uuid
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import grpc
 
+from esper.common.following import Following
 from esper.common.rpc import CALL_TIMEOUT_S
 from esper.common.rpc import STREAM_BYTES_PER_S
 from esper.common.rpc import RpcError
@@ -27,6 +29,10 @@ PAGE_SIZE = 200
 UPLOAD_ATTEMPTS = 5
 MAX_DIGESTS = 1000
 _AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
+
+
+LibraryWatch: TypeAlias = Following[library_pb2.WatchResponse, library_pb2.WatchResponse]
+"""The changes of a library, in order, without end."""
 
 
 def digest_of(data: bytes) -> digest_pb2.Digest:
@@ -133,9 +139,21 @@ class UrzaClient:
 
     # ------------------------------------------------------------ blueprints
 
-    def create_blueprint(self, blueprint: blueprint_pb2.Blueprint) -> library_pb2.BlueprintRecord:
-        """Stores a blueprint, or finds an equal one stored, and returns its record."""
-        request = library_pb2.CreateBlueprintRequest(blueprint=blueprint, request_id=_new_id())
+    def create_blueprint(
+        self, blueprint: blueprint_pb2.Blueprint, parents: Iterable[str] = ()
+    ) -> library_pb2.BlueprintRecord:
+        """Stores a blueprint, or finds an equal one stored, and returns its record.
+
+        Args:
+            blueprint: The architecture.
+            parents: Names of the blueprints and kernels that it was made from.
+
+        Raises:
+            RpcError: FAILED_PRECONDITION where a parent is not stored.
+        """
+        request = library_pb2.CreateBlueprintRequest(
+            blueprint=blueprint, parents=parents, request_id=_new_id()
+        )
         with readable_errors():
             return self._library.CreateBlueprint(request, timeout=CALL_TIMEOUT_S).blueprint
 
@@ -173,14 +191,22 @@ class UrzaClient:
     # ------------------------------------------------------------ kernels
 
     def create_kernel(
-        self, kernel: kernel_pb2.Kernel, tags: Iterable[str] = ()
+        self, kernel: kernel_pb2.Kernel, tags: Iterable[str] = (), parents: Iterable[str] = ()
     ) -> library_pb2.KernelRecord:
         """Stores a kernel, or finds an equal one stored, and returns its record.
 
+        Args:
+            kernel: The kernel; its blueprint is its first parent.
+            tags: Free words for searching.
+            parents: Names of further blueprints and kernels that it was made from.
+
         Raises:
-            RpcError: FAILED_PRECONDITION where its blueprint or its weights are not stored.
+            RpcError: FAILED_PRECONDITION where its blueprint, another parent or its weights are not
+                stored.
         """
-        request = library_pb2.CreateKernelRequest(kernel=kernel, tags=tags, request_id=_new_id())
+        request = library_pb2.CreateKernelRequest(
+            kernel=kernel, tags=tags, parents=parents, request_id=_new_id()
+        )
         with readable_errors():
             return self._library.CreateKernel(request, timeout=CALL_TIMEOUT_S).kernel
 
@@ -191,10 +217,15 @@ class UrzaClient:
             return self._library.GetKernel(request, timeout=CALL_TIMEOUT_S).kernel
 
     def list_kernels(
-        self, filter: library_pb2.KernelFilter | None = None
+        self,
+        filter: library_pb2.KernelFilter | None = None,
+        order: library_pb2.KernelOrder = library_pb2.KERNEL_ORDER_NAME,
     ) -> Iterator[library_pb2.KernelRecord]:
-        """Yields the kernels that pass `filter` (default all), by name."""
-        request = library_pb2.ListKernelsRequest(page_size=PAGE_SIZE, filter=filter)
+        """Yields the kernels that pass `filter` (default all) in an order (default by name).
+
+        Orders by a measured figure leave out the kernels that have not been measured.
+        """
+        request = library_pb2.ListKernelsRequest(page_size=PAGE_SIZE, filter=filter, order=order)
         while True:
             with readable_errors():
                 page = self._library.ListKernels(request, timeout=CALL_TIMEOUT_S)
@@ -216,6 +247,16 @@ class UrzaClient:
         )
         with readable_errors():
             return self._library.UpdateKernelState(request, timeout=CALL_TIMEOUT_S).kernel
+
+    def record_measurement(
+        self, name: str, measurement: kernel_pb2.Measurement, etag: str = ""
+    ) -> library_pb2.KernelRecord:
+        """Adds a timing to a kernel's record; with `etag`, only if it has not changed since."""
+        request = library_pb2.RecordMeasurementRequest(
+            name=name, measurement=measurement, etag=etag, request_id=_new_id()
+        )
+        with readable_errors():
+            return self._library.RecordMeasurement(request, timeout=CALL_TIMEOUT_S).kernel
 
     # ------------------------------------------------------------ field reports
 
@@ -244,6 +285,37 @@ class UrzaClient:
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
+
+    # ------------------------------------------------------------ relations and changes
+
+    def lineage(self, name: str, depth: int = 1) -> library_pb2.GetLineageResponse:
+        """Returns what a blueprint or kernel was made from and what was made from it.
+
+        Args:
+            name: `blueprints/{digest}` or `kernels/{digest}`.
+            depth: Generations wanted in each direction, 1 to 16.
+        """
+        request = library_pb2.GetLineageRequest(name=name, depth=depth)
+        with readable_errors():
+            return self._library.GetLineage(request, timeout=CALL_TIMEOUT_S)
+
+    def watch(self, start_revision: int = 0, progress_interval_s: float = 10.0) -> LibraryWatch:
+        """Returns the library's changes from a revision on, then those that follow.
+
+        Each response has the revision up to which the watcher has seen everything: to resume, watch
+        from the last one plus 1. A response without a change is a progress mark.
+
+        Args:
+            start_revision: First revision wanted; 0 means changes after this call returns.
+            progress_interval_s: How often a quiet watch is told its position, 0.1 to 3600.
+        """
+        request = library_pb2.WatchRequest(
+            start_revision=start_revision, progress_interval_s=progress_interval_s
+        )
+        call = self._library.Watch(request)
+        if start_revision == 0:
+            call.initial_metadata()  # comes once the server has noted the position
+        return LibraryWatch(call, lambda response: response)
 
 
 def _chunks(

@@ -13,17 +13,19 @@ class Followers:
         self._news: dict[str, set[asyncio.Event]] = {}
 
     @contextmanager
-    def following(self, name: str) -> Iterator[asyncio.Event]:
-        """Gives an event that is set whenever `name` may have grown."""
+    def following(self, *names: str) -> Iterator[asyncio.Event]:
+        """Gives an event that is set whenever one of `names` may have grown."""
         news = asyncio.Event()
-        self._news.setdefault(name, set()).add(news)
+        for name in names:
+            self._news.setdefault(name, set()).add(news)
         try:
             yield news
         finally:
-            waiting = self._news[name]
-            waiting.discard(news)
-            if not waiting:
-                del self._news[name]
+            for name in names:
+                waiting = self._news[name]
+                waiting.discard(news)
+                if not waiting:
+                    del self._news[name]
 
     def wake(self, name: str) -> None:
         """Wakes the followers of `name`; may be called from any thread."""
@@ -33,3 +35,13 @@ class Followers:
     def _set(self, name: str) -> None:
         for news in self._news.get(name, ()):
             news.set()
+
+
+async def first_of(*events: asyncio.Event, timeout_s: float | None = None) -> None:
+    """Waits until one of `events` is set, or until the time is up."""
+    tasks = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()

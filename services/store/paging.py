@@ -1,105 +1,112 @@
 """Pages over the rows of a table, in order of key, while others write.
 
-A token holds the last key seen, so a page begins after it whatever has been written since: a row
-that was there all the time comes exactly once.
+A token holds where the next page begins, whatever has been written since: a row that was there all
+the time comes exactly once.
 """
 
 import base64
 import binascii
 import hashlib
-from collections.abc import Callable
-from typing import TypeVar
-
-from google.protobuf.message import Message
+import hmac
+import secrets
 
 from esper.services.serving.errors import invalid
 from esper.services.store.engine import Store
+from esper.services.store.opening import Database
+from esper.services.store.opening import Row
 
-T = TypeVar("T", bound=Message)
-
-SCAN_ROWS = 512
 MAX_PAGE_BYTES = 3 << 20  # leaves room for the envelope within a message
 MAX_TOKEN_CHARS = 1024
-_SCOPE_BYTES = 8
-_VERSION = b"\x01"
+_VERSION = b"\x02"
+_SEAL_BYTES = 16
+_SECRET_BYTES = 32
+_SECRET_KEY = b"page_token_secret"
 
 
-def _scope_digest(scope: str) -> bytes:
-    return hashlib.sha256(scope.encode()).digest()[:_SCOPE_BYTES]
+class PageTokens:
+    """Gives out the tokens of a store's lists, and takes back none but those.
 
+    A token is sealed for its list with a secret that the store keeps, so one that was changed, or
+    that another list or another store gave out, is refused; a restart changes nothing.
 
-def encode_token(scope: str, key: bytes) -> str:
-    """Returns the opaque token of the page that begins after `key`."""
-    content = _VERSION + _scope_digest(scope) + key
-    return base64.urlsafe_b64encode(content).decode().rstrip("=")
-
-
-def decode_token(scope: str, token: str) -> bytes:
-    """Returns the key after which the page begins; an empty token is the first page.
-
-    Raises:
-        ServiceError: INVALID_ARGUMENT for a token that this list did not give out.
+    Args:
+        store: Keeps the secret, which is made here where it is missing.
     """
-    if not token:
-        return b""
-    rule = "must be a next_page_token of the same request"
-    if len(token) > MAX_TOKEN_CHARS or not token.isascii():
-        raise invalid("page_token", token, rule)
-    try:
-        content = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, ValueError):
-        raise invalid("page_token", token, rule) from None
-    head = _VERSION + _scope_digest(scope)
-    if not content.startswith(head) or len(content) == len(head):
-        raise invalid("page_token", token, rule)
-    return content[len(head) :]
+
+    def __init__(self, store: Store) -> None:
+        table = store.table("meta")
+
+        def find(row: Row) -> bytes:
+            secret = row.get(_SECRET_KEY, db=table)
+            if secret is None:
+                secret = secrets.token_bytes(_SECRET_BYTES)
+                row.put(_SECRET_KEY, secret, db=table)
+            return secret
+
+        self._secret = store.submit(find).result()
+
+    def encode(self, scope: str, position: bytes) -> str:
+        """Returns the opaque token of the page that begins at `position`.
+
+        Args:
+            scope: The list: whatever must be the same for the token to make sense.
+            position: Not empty.
+        """
+        content = _VERSION + self._seal(scope, position) + position
+        return base64.urlsafe_b64encode(content).decode().rstrip("=")
+
+    def decode(self, scope: str, token: str) -> bytes:
+        """Returns where the page begins; an empty token is the first page, and its position b"".
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a token that this list did not give out.
+        """
+        if not token:
+            return b""
+        rule = "must be a next_page_token of the same list"
+        if len(token) > MAX_TOKEN_CHARS or not token.isascii():
+            raise invalid("page_token", token, rule)
+        try:
+            padded = token + "=" * (-len(token) % 4)
+            content = base64.b64decode(padded, altchars=b"-_", validate=True)
+        except (binascii.Error, ValueError):
+            raise invalid("page_token", token, rule) from None
+        head = len(_VERSION) + _SEAL_BYTES
+        position = content[head:]
+        sealed = _VERSION + self._seal(scope, position)
+        # Base64 has several spellings of some bytes; only the one given out is taken.
+        if not hmac.compare_digest(content[:head], sealed) or token != self.encode(scope, position):
+            raise invalid("page_token", token, rule)
+        return position
+
+    def _seal(self, scope: str, position: bytes) -> bytes:
+        listed = hashlib.sha256(scope.encode()).digest()
+        return hmac.digest(self._secret, listed + position, "sha256")[:_SEAL_BYTES]
 
 
 def read_page(
-    store: Store,
-    table: str,
-    prefix: bytes,
-    after: bytes,
-    size: int,
-    keep: Callable[[bytes], T | None],
-) -> tuple[list[T], bytes | None]:
-    """Returns the next records and the key to go on after, None at the end.
+    row: Row, table: Database, prefix: bytes, start: bytes, size: int
+) -> tuple[list[bytes], bytes | None]:
+    """Returns the next values and the position to go on from, None at the end.
 
     Args:
-        store: Where to read.
-        table: Name of the table.
+        row: The snapshot to read from.
+        table: The table's handle.
         prefix: Only keys with this prefix are read.
-        after: Key before the first one wanted; empty for the start.
-        size: The most records wanted, at least 1.
-        keep: Gives the record of a row's value, or None to leave it out.
+        start: Position of the page; empty for the first.
+        size: The most values wanted, at least 1; fewer come where they are too much for a message.
     """
-    found: list[T] = []
+    found: list[bytes] = []
     size_bytes = 0
-    last_kept = b""
-    position = max(after, prefix)
-    handle = store.table(table)
-    while True:
-        rows: list[tuple[bytes, bytes]] = []
-        with store.reading() as snapshot:  # short: a scan that finds little may be long
-            cursor = snapshot.cursor(db=handle)
-            going_on = cursor.set_range(position)
-            while going_on and len(rows) < SCAN_ROWS:
-                rows.append(cursor.item())
-                going_on = cursor.next()
-        for key, value in rows:
-            if not key.startswith(prefix):
-                return found, None
-            position = key
-            if key <= after:
-                continue
-            record = keep(value)
-            if record is None:
-                continue
-            size_bytes += len(value)
-            if found and (len(found) == size or size_bytes > MAX_PAGE_BYTES):
-                return found, last_kept
-            found.append(record)
-            last_kept = key
-        if not going_on:
-            return found, None
-        after = max(after, position)
+    last = b""
+    cursor = row.cursor(db=table)
+    going_on = cursor.set_range(max(start, prefix))
+    while going_on and cursor.key().startswith(prefix):
+        value = cursor.value()
+        size_bytes += len(value)
+        if found and (len(found) == size or size_bytes > MAX_PAGE_BYTES):
+            return found, last + b"\0"
+        found.append(value)
+        last = cursor.key()
+        going_on = cursor.next()
+    return found, None

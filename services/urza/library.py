@@ -11,34 +11,56 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from esper.common.v1 import kernel_pb2
 from esper.services.serving.checks import effective_page_size
 from esper.services.serving.errors import aborted
-from esper.services.serving.errors import not_found
 from esper.services.serving.errors import precondition
 from esper.services.store.engine import Store
+from esper.services.store.followers import Followers
 from esper.services.store.opening import Row
-from esper.services.store.paging import decode_token
-from esper.services.store.paging import encode_token
+from esper.services.store.paging import PageTokens
 from esper.services.store.paging import read_page
 from esper.services.store.requests import RequestTable
 from esper.services.store.requests import fingerprint
 from esper.services.urza.blobs import BlobStore
 from esper.services.urza.blobs import blob_name
+from esper.services.urza.catalog import BLUEPRINT_ORDER
+from esper.services.urza.catalog import blueprint_conditions
+from esper.services.urza.catalog import blueprint_entries
+from esper.services.urza.catalog import kernel_conditions
+from esper.services.urza.catalog import kernel_entries
+from esper.services.urza.catalog import kernel_order
+from esper.services.urza.catalog import within_bounds
+from esper.services.urza.changes import TABLES as CHANGE_TABLES
+from esper.services.urza.changes import ChangeLog
+from esper.services.urza.lineage import TABLE as LINEAGE_TABLE
+from esper.services.urza.lineage import Lineage
 from esper.services.urza.names import key_of
+from esper.services.urza.records import Records
+from esper.services.urza.records import list_scope
 from esper.services.urza.states import require_blueprint_move
 from esper.services.urza.states import require_kernel_move
 from esper.urza.v1 import library_pb2 as pb
 
-TABLES = ("blueprints", "kernels", "reports", "counters", "requests")
+TABLES = (
+    "blueprints",
+    "blueprint_index",
+    "kernels",
+    "kernel_index",
+    "reports",
+    "requests",
+    LINEAGE_TABLE,
+    *CHANGE_TABLES,
+)
 REQUEST_CAPACITY = 100_000
+MAX_MEASUREMENTS = 64
+FOLLOWED = "library"
+"""What a watcher follows."""
 
-_REVISION = b"revision"
 _NUMBER_BYTES = 8
 
-Record = TypeVar("Record", pb.BlueprintRecord, pb.KernelRecord)
 Response = TypeVar("Response", bound=Message)
 
 
 class Library:
-    """The rows of one Urza.
+    """The rows of one Urza. To be made on an event loop, whose threads may read.
 
     Reads answer at once. Writes return a future that is done when they are durable; what they find
     wrong is raised by the future. Requests are expected to have been validated.
@@ -47,33 +69,67 @@ class Library:
         store: Holds `TABLES`.
         blobs: Where the weights of kernels are.
         now: Gives the time of day in seconds since 1970, for the records alone.
+
+    Attributes:
+        changes: What has changed, by revision.
+        followers: Wakes those that follow `FOLLOWED`.
     """
 
     def __init__(
         self, store: Store, blobs: BlobStore, now: Callable[[], float] = time.time
     ) -> None:
+        self.changes = ChangeLog(store)
+        self.followers = Followers()
         self._store = store
         self._blobs = blobs
         self._now = now
         self._requests = RequestTable(store, "requests", REQUEST_CAPACITY)
+        self._tokens = PageTokens(store)
+        self._lineage = Lineage(store)
+        self._blueprints = Records(
+            store,
+            "blueprints",
+            "blueprint_index",
+            pb.BlueprintRecord,
+            blueprint_entries,
+            lambda record: pb.WatchResponse(revision=record.revision, blueprint=record),
+            self.changes,
+            self._tokens,
+        )
+        self._kernels = Records(
+            store,
+            "kernels",
+            "kernel_index",
+            pb.KernelRecord,
+            kernel_entries,
+            lambda record: pb.WatchResponse(revision=record.revision, kernel=record),
+            self.changes,
+            self._tokens,
+        )
 
     # ------------------------------------------------------------ blueprints
 
     def create_blueprint(
         self, request: pb.CreateBlueprintRequest, digest: str
     ) -> "Future[pb.CreateBlueprintResponse]":
-        """Stores a blueprint under its digest, or finds it stored."""
+        """Stores a blueprint under its digest, or finds it stored.
+
+        The future raises FAILED_PRECONDITION where a parent is not stored.
+        """
+        name = f"blueprints/{digest}"
 
         def work(row: Row) -> pb.CreateBlueprintResponse:
-            record = self._find(row, "blueprints", bytes.fromhex(digest), pb.BlueprintRecord)
+            record = self._blueprints.find(row, name)
             if record is None:
                 record = pb.BlueprintRecord(
-                    name=f"blueprints/{digest}",
+                    name=name,
                     blueprint=request.blueprint,
                     state=pb.BLUEPRINT_STATE_PROPOSED,
                     create_time=self._timestamp(),
+                    parents=dict.fromkeys(request.parents),
                 )
-                self._save(row, "blueprints", record)
+                self._lineage.add(row, name, list(record.parents))
+                self._blueprints.save(row, record)
             return pb.CreateBlueprintResponse(blueprint=record)
 
         return self._once("CreateBlueprint", request, pb.CreateBlueprintResponse, work)
@@ -85,22 +141,12 @@ class Library:
             ServiceError: NOT_FOUND.
         """
         with self._store.reading() as row:
-            return self._load(row, "blueprints", name, pb.BlueprintRecord)
+            return self._blueprints.load(row, name)
 
     def list_blueprints(self, request: pb.ListBlueprintsRequest) -> pb.ListBlueprintsResponse:
         """Returns a page of blueprints in order of name."""
-
-        def keep(value: bytes) -> pb.BlueprintRecord | None:
-            record = pb.BlueprintRecord.FromString(value)
-            in_state = request.state in (pb.BLUEPRINT_STATE_UNSPECIFIED, record.state)
-            tagged = set(request.tags) <= set(record.blueprint.tags)
-            return record if in_state and tagged else None
-
-        scope = _scope("blueprints", request)
-        after = decode_token(scope, request.page_token)
-        size = effective_page_size(request.page_size)
-        records, last = read_page(self._store, "blueprints", b"", after, size, keep)
-        token = encode_token(scope, last) if last is not None else ""
+        conditions = blueprint_conditions(request)
+        records, token = self._blueprints.page(request, BLUEPRINT_ORDER, conditions)
         return pb.ListBlueprintsResponse(blueprints=records, next_page_token=token)
 
     def update_blueprint_state(
@@ -129,12 +175,12 @@ class Library:
     def _move_blueprint(
         self, row: Row, name: str, state: pb.BlueprintState, etag: str
     ) -> pb.BlueprintRecord:
-        record = self._load(row, "blueprints", name, pb.BlueprintRecord)
+        record = self._blueprints.load(row, name)
         _require_etag(record, etag)
         if record.state != state:
             require_blueprint_move(name, record.state, state)
             record.state = state
-            self._save(row, "blueprints", record)
+            self._blueprints.save(row, record)
         return record
 
     # ------------------------------------------------------------ kernels
@@ -144,35 +190,34 @@ class Library:
     ) -> "Future[pb.CreateKernelResponse]":
         """Stores a kernel under its digest, or finds it stored.
 
-        The future raises FAILED_PRECONDITION where its blueprint or its weights are not stored.
+        The future raises FAILED_PRECONDITION where its blueprint, another parent or its weights are
+        not stored.
         """
+        name = f"kernels/{digest}"
         kernel = request.kernel
         # Held until the kernel refers to it, so that it is not taken for garbage before.
         self._blobs.leases.hold(kernel.weights.hash)
         has_weights = not kernel.HasField("weights") or self._blobs.contains(kernel.weights)
 
         def work(row: Row) -> pb.CreateKernelResponse:
-            record = self._find(row, "kernels", bytes.fromhex(digest), pb.KernelRecord)
+            record = self._kernels.find(row, name)
             if record is None:
-                parent = f"blueprints/{kernel.blueprint_digest}"
-                if (
-                    row.get(
-                        key_of("name", parent, "blueprints"), db=self._store.table("blueprints")
-                    )
-                    is None
-                ):
-                    raise precondition("NO_BLUEPRINT", f"{parent} is not stored", name=parent)
+                blueprint = f"blueprints/{kernel.blueprint_digest}"
+                if self._blueprints.find(row, blueprint) is None:
+                    raise precondition("NO_BLUEPRINT", f"{blueprint} is not stored", name=blueprint)
                 if not has_weights:
                     blob = blob_name(kernel.weights)
                     raise precondition("NO_WEIGHTS", f"{blob} is not stored", name=blob)
                 record = pb.KernelRecord(
-                    name=f"kernels/{digest}",
+                    name=name,
                     kernel=kernel,
                     state=pb.KERNEL_STATE_TESTING,
                     tags=request.tags,
                     create_time=self._timestamp(),
+                    parents=dict.fromkeys([blueprint, *request.parents]),
                 )
-                self._save(row, "kernels", record)
+                self._lineage.add(row, name, list(record.parents))
+                self._kernels.save(row, record)
             return pb.CreateKernelResponse(kernel=record)
 
         future = self._once("CreateKernel", request, pb.CreateKernelResponse, work)
@@ -186,20 +231,17 @@ class Library:
             ServiceError: NOT_FOUND.
         """
         with self._store.reading() as row:
-            return self._load(row, "kernels", name, pb.KernelRecord)
+            return self._kernels.load(row, name)
 
     def list_kernels(self, request: pb.ListKernelsRequest) -> pb.ListKernelsResponse:
-        """Returns a page of the kernels that match the filter, in order of name."""
-
-        def keep(value: bytes) -> pb.KernelRecord | None:
-            record = pb.KernelRecord.FromString(value)
-            return record if matches(record, request.filter) else None
-
-        scope = _scope("kernels", request)
-        after = decode_token(scope, request.page_token)
-        size = effective_page_size(request.page_size)
-        records, last = read_page(self._store, "kernels", b"", after, size, keep)
-        token = encode_token(scope, last) if last is not None else ""
+        """Returns a page of the kernels that pass the filter, in the order asked for."""
+        wanted = request.filter
+        records, token = self._kernels.page(
+            request,
+            kernel_order(request.order),
+            kernel_conditions(wanted),
+            lambda record: within_bounds(record, wanted),
+        )
         return pb.ListKernelsResponse(kernels=records, next_page_token=token)
 
     def update_kernel_state(
@@ -234,34 +276,60 @@ class Library:
         etag: str,
         evidence: kernel_pb2.ValidationReport | None,
     ) -> pb.KernelRecord:
-        record = self._load(row, "kernels", name, pb.KernelRecord)
+        record = self._kernels.load(row, name)
         _require_etag(record, etag)
         if record.state != state:
             require_kernel_move(name, record.state, state)
             record.state = state
             if evidence is not None:
                 record.validation.CopyFrom(evidence)
-            self._save(row, "kernels", record)
+            self._kernels.save(row, record)
         return record
+
+    def record_measurement(
+        self, request: pb.RecordMeasurementRequest
+    ) -> "Future[pb.RecordMeasurementResponse]":
+        """Adds a timing to a kernel; the oldest goes where there are `MAX_MEASUREMENTS`."""
+
+        def work(row: Row) -> pb.RecordMeasurementResponse:
+            record = self._kernels.load(row, request.name)
+            _require_etag(record, request.etag)
+            measurement = record.measurements.add()
+            measurement.CopyFrom(request.measurement)
+            if not measurement.HasField("measure_time"):
+                measurement.measure_time.CopyFrom(self._timestamp())
+            del record.measurements[:-MAX_MEASUREMENTS]
+            self._kernels.save(row, record)
+            return pb.RecordMeasurementResponse(kernel=record)
+
+        return self._once("RecordMeasurement", request, pb.RecordMeasurementResponse, work)
 
     # ------------------------------------------------------------ field reports
 
     def record_field_report(
         self, request: pb.RecordFieldReportRequest
     ) -> "Future[pb.RecordFieldReportResponse]":
-        """Stores a report under the next number of its kernel."""
+        """Stores a report under the next number of its kernel, and adds its gain to the mean."""
 
         def work(row: Row) -> pb.RecordFieldReportResponse:
             name = request.report.kernel
-            self._load(row, "kernels", name, pb.KernelRecord)
-            key = key_of("report.kernel", name, "kernels")
-            number = self._count(row, b"reports" + key)
+            kernel = self._kernels.load(row, name)
             report = pb.FieldReport()
             report.CopyFrom(request.report)
+            if report.HasField("gain"):
+                kernel.num_gains += 1
+                share = 1 / kernel.num_gains
+                # Weighted, not summed up: no sum of finite gains may become infinite.
+                kernel.mean_gain = kernel.mean_gain * (1 - share) + report.gain * share
+                self._kernels.save(row, kernel)
+            key = key_of("report.kernel", name, "kernels")
+            number = self._next_report(row, key)
             report.name = f"{name}/reports/{number}"
             report.report_time.CopyFrom(self._timestamp())
             place = key + number.to_bytes(_NUMBER_BYTES, "big")
             row.put(place, report.SerializeToString(), db=self._store.table("reports"))
+            revision = self.changes.revision(row) + 1
+            self.changes.append(row, pb.WatchResponse(revision=revision, report=report))
             return pb.RecordFieldReportResponse(report=report)
 
         return self._once("RecordFieldReport", request, pb.RecordFieldReportResponse, work)
@@ -274,42 +342,47 @@ class Library:
         Raises:
             ServiceError: NOT_FOUND where the kernel is not stored.
         """
-        self.get_kernel(request.kernel)
         prefix = key_of("kernel", request.kernel, "kernels")
-        scope = _scope("reports", request)
-        after = decode_token(scope, request.page_token)
+        scope = list_scope(request)
+        start = self._tokens.decode(scope, request.page_token)
         size = effective_page_size(request.page_size)
-        reports, last = read_page(
-            self._store, "reports", prefix, after, size, pb.FieldReport.FromString
-        )
-        token = encode_token(scope, last) if last is not None else ""
+        with self._store.reading() as row:
+            self._kernels.load(row, request.kernel)
+            values, following = read_page(row, self._store.table("reports"), prefix, start, size)
+        token = "" if following is None else self._tokens.encode(scope, following)
+        reports = [pb.FieldReport.FromString(value) for value in values]
         return pb.ListFieldReportsResponse(reports=reports, next_page_token=token)
+
+    # ------------------------------------------------------------ relations and revisions
+
+    def lineage(self, name: str, depth: int) -> pb.GetLineageResponse:
+        """Returns what a blueprint or kernel was made from and what was made from it.
+
+        Raises:
+            ServiceError: NOT_FOUND.
+        """
+        with self._store.reading() as row:
+            if name.startswith("blueprints/"):
+                self._blueprints.load(row, name)
+            else:
+                self._kernels.load(row, name)
+            return self._lineage.around(row, name, depth)
+
+    def revision(self) -> int:
+        """Returns the revision of the last change; 0 before the first."""
+        with self._store.reading() as row:
+            return self.changes.revision(row)
 
     # ------------------------------------------------------------ rows
 
-    def _find(self, row: Row, table: str, key: bytes, kind: type[Record]) -> Record | None:
-        value = row.get(key, db=self._store.table(table))
-        return None if value is None else kind.FromString(value)
-
-    def _load(self, row: Row, table: str, name: str, kind: type[Record]) -> Record:
-        record = self._find(row, table, key_of("name", name, table), kind)
-        if record is None:
-            raise not_found(name)
-        return record
-
-    def _save(self, row: Row, table: str, record: pb.BlueprintRecord | pb.KernelRecord) -> None:
-        """Stores a record under the next revision of the library."""
-        record.revision = self._count(row, _REVISION) + 1
-        record.etag = f"{record.revision:x}"
-        key = key_of("name", record.name, table)
-        row.put(key, record.SerializeToString(), db=self._store.table(table))
-
-    def _count(self, row: Row, counter: bytes) -> int:
-        """Returns the value of a counter and adds one to it; a new one is 0."""
-        table = self._store.table("counters")
-        value = int.from_bytes(row.get(counter, db=table) or b"", "big")
-        row.put(counter, (value + 1).to_bytes(_NUMBER_BYTES, "big"), db=table)
-        return value
+    def _next_report(self, row: Row, kernel: bytes) -> int:
+        """Returns the number that the next report on a kernel gets."""
+        cursor = row.cursor(db=self._store.table("reports"))
+        beyond = kernel + b"\xff" * _NUMBER_BYTES
+        going_on = cursor.prev() if cursor.set_range(beyond) else cursor.last()
+        if not going_on or not cursor.key().startswith(kernel):
+            return 0
+        return int.from_bytes(cursor.key()[len(kernel) :], "big") + 1
 
     def _timestamp(self) -> Timestamp:
         stamp = Timestamp()
@@ -336,10 +409,11 @@ class Library:
             self._requests.remember(row, method, request_id, asked, answer)
             return response
 
-        return self._store.submit(run, request.ByteSize())
+        future = self._store.submit(run, request.ByteSize())
+        future.add_done_callback(lambda _: self.followers.wake(FOLLOWED))
+        return future
 
 
-_Listing = pb.ListBlueprintsRequest | pb.ListKernelsRequest | pb.ListFieldReportsRequest
 _Retriable = (
     pb.CreateBlueprintRequest
     | pb.UpdateBlueprintStateRequest
@@ -347,40 +421,9 @@ _Retriable = (
     | pb.CreateKernelRequest
     | pb.UpdateKernelStateRequest
     | pb.ArchiveKernelRequest
+    | pb.RecordMeasurementRequest
     | pb.RecordFieldReportRequest
 )
-
-
-def matches(record: pb.KernelRecord, wanted: pb.KernelFilter) -> bool:
-    """Returns whether a kernel passes a filter."""
-    kernel = record.kernel
-    place = kernel.signature
-    equal = (
-        (wanted.slot_kind, place.slot_kind),
-        (wanted.source, place.source),
-        (wanted.dtype, place.dtype),
-        (wanted.device_class, place.device_class),
-        (wanted.state, record.state),
-    )
-    if any(want not in (0, have) for want, have in equal):
-        return False
-    if wanted.HasField("chunk_width") and wanted.chunk_width != place.chunk_width:
-        return False
-    if wanted.HasField("source_width") and wanted.source_width != place.source_width:
-        return False
-    if wanted.blueprint and wanted.blueprint != f"blueprints/{kernel.blueprint_digest}":
-        return False
-    if not set(wanted.tags) <= set(record.tags):
-        return False
-    too_large = kernel.parameter_count > wanted.max_parameter_count
-    if wanted.HasField("max_parameter_count") and too_large:
-        return False
-    if not wanted.HasField("max_forward_us"):
-        return True
-    return any(
-        measured.HasField("forward_us") and measured.forward_us <= wanted.max_forward_us
-        for measured in record.measurements
-    )
 
 
 def _require_etag(record: pb.BlueprintRecord | pb.KernelRecord, etag: str) -> None:
@@ -390,14 +433,3 @@ def _require_etag(record: pb.BlueprintRecord | pb.KernelRecord, etag: str) -> No
             f"{record.name} has changed: its etag is {record.etag!r}, not {etag!r}",
             etag=record.etag,
         )
-
-
-def _scope(
-    collection: str,
-    request: "_Listing",
-) -> str:
-    """Returns what a page token belongs to: the collection and the filter, not the page's size."""
-    question = type(request).FromString(request.SerializeToString())
-    question.page_size = 0
-    question.page_token = ""
-    return f"{collection}:{question.SerializeToString(deterministic=True).hex()}"

@@ -42,6 +42,15 @@ def check_name(field: str, name: str, collection: str) -> list[FieldViolation]:
     return [FieldViolation(field, name, f"must be {collection}/ followed by 64 of 0-9 and a-f")]
 
 
+def check_record_name(field: str, name: str) -> list[FieldViolation]:
+    """Checks the form of the name of a blueprint or a kernel."""
+    collection = name.partition("/")[0]
+    if collection in ("blueprints", "kernels") and not check_name(field, name, collection):
+        return []
+    rule = "must be blueprints/ or kernels/ followed by 64 of 0-9 and a-f"
+    return [FieldViolation(field, name, rule)]
+
+
 def key_of(field: str, name: str, collection: str) -> bytes:
     """Returns the 32 bytes that a resource is stored under.
 

@@ -7,6 +7,7 @@ from esper.services.serving.context import CallContext
 from esper.services.serving.errors import invalid
 from esper.services.serving.errors import require
 from esper.services.serving.errors import unavailable
+from esper.services.store.followers import first_of
 from esper.services.urza import validate
 from esper.services.urza.names import check_run_name
 from esper.services.urza.runs import Runs
@@ -105,21 +106,15 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
     ) -> AsyncIterator[run_pb2.WatchRunResponse]:
         require(validate.watch_run(request))
         sequence = request.start_sequence
-        stopping = asyncio.create_task(self._stopping.wait())
-        try:
-            with self._runs.followers.following(request.name) as news:
-                while not self._stopping.is_set():
-                    news.clear()
-                    events = await asyncio.to_thread(self._runs.read, request.name, sequence)
-                    for event in events:
-                        yield run_pb2.WatchRunResponse(event=event)
-                    sequence += len(events)
-                    if not events:
-                        arrival = asyncio.create_task(news.wait())
-                        await asyncio.wait((arrival, stopping), return_when=asyncio.FIRST_COMPLETED)
-                        arrival.cancel()
-        finally:
-            stopping.cancel()
+        with self._runs.followers.following(request.name) as news:
+            while not self._stopping.is_set():
+                news.clear()
+                events = await asyncio.to_thread(self._runs.read, request.name, sequence)
+                for event in events:
+                    yield run_pb2.WatchRunResponse(event=event)
+                sequence += len(events)
+                if not events:
+                    await first_of(news, self._stopping)
         raise unavailable("the server is stopping; watch again from the next sequence number")
 
     async def VerifyRun(

@@ -34,8 +34,7 @@ from esper.services.serving.errors import out_of_range
 from esper.services.store.engine import Store
 from esper.services.store.followers import Followers
 from esper.services.store.opening import Row
-from esper.services.store.paging import decode_token
-from esper.services.store.paging import encode_token
+from esper.services.store.paging import PageTokens
 from esper.services.store.paging import read_page
 from esper.services.store.requests import RequestTable
 from esper.services.store.requests import fingerprint
@@ -96,6 +95,7 @@ class Runs:
         self._store = store
         self._now = now
         self._requests = RequestTable(store, "requests", REQUEST_CAPACITY)
+        self._tokens = PageTokens(store)
         self.followers = Followers()
 
     def create(self, request: pb.CreateRunRequest) -> "Future[pb.CreateRunResponse]":
@@ -141,10 +141,12 @@ class Runs:
 
     def list_page(self, request: pb.ListRunsRequest) -> pb.ListRunsResponse:
         """Returns a page of runs, newest first."""
-        after = decode_token("runs", request.page_token)
+        start = self._tokens.decode("runs", request.page_token)
         size = effective_page_size(request.page_size)
-        runs, last = read_page(self._store, "runs", b"", after, size, pb.Run.FromString)
-        token = encode_token("runs", last) if last is not None else ""
+        with self._store.reading() as row:
+            values, following = read_page(row, self._store.table("runs"), b"", start, size)
+        token = "" if following is None else self._tokens.encode("runs", following)
+        runs = [pb.Run.FromString(value) for value in values]
         return pb.ListRunsResponse(runs=runs, next_page_token=token)
 
     def append(

@@ -1,4 +1,4 @@
-"""Urza's gRPC face: thin adapters over the blobs and the library, and the service as a whole."""
+"""Urza's gRPC face: the blobs' adapter, and the service as a whole."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,28 +12,28 @@ from esper.services.serving.context import CallContext
 from esper.services.serving.context import ServiceContext
 from esper.services.serving.errors import invalid
 from esper.services.serving.errors import require
-from esper.services.serving.errors import unimplemented
 from esper.services.store.engine import Store
 from esper.services.store.opening import Schema
 from esper.services.urza import library
+from esper.services.urza import migrations
 from esper.services.urza import runs
 from esper.services.urza import validate
 from esper.services.urza.blobs import TABLES as BLOB_TABLES
 from esper.services.urza.blobs import BlobStore
 from esper.services.urza.library import Library
+from esper.services.urza.library_servicer import LibraryServicer
 from esper.services.urza.names import check_digest
-from esper.services.urza.resources import digest_of_blueprint
-from esper.services.urza.resources import digest_of_kernel
 from esper.services.urza.run_servicer import RunServicer
 from esper.services.urza.runs import Runs
 from esper.services.urza.uploads import Upload
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import blob_pb2_grpc
-from esper.urza.v1 import library_pb2
 from esper.urza.v1 import library_pb2_grpc
 from esper.urza.v1 import run_pb2_grpc
 
-SCHEMA = Schema((*BLOB_TABLES, *library.TABLES, *runs.TABLES), version=1)
+SCHEMA = Schema(
+    (*BLOB_TABLES, *library.TABLES, *runs.TABLES), version=2, migrations={1: migrations.from_1}
+)
 
 T = TypeVar("T")
 
@@ -134,101 +134,6 @@ def _abandon(opening: "asyncio.Future[Upload | None]") -> None:
             upload.interrupt()
 
 
-class LibraryServicer(library_pb2_grpc.LibraryServiceServicer):
-    """Serves `esper.urza.v1.LibraryService`."""
-
-    def __init__(self, library: Library) -> None:
-        self._library = library
-
-    async def CreateBlueprint(
-        self, request: library_pb2.CreateBlueprintRequest, context: CallContext
-    ) -> library_pb2.CreateBlueprintResponse:
-        require(validate.create_blueprint(request))
-        digest = await asyncio.to_thread(digest_of_blueprint, request.blueprint)
-        return await asyncio.wrap_future(self._library.create_blueprint(request, digest))
-
-    async def GetBlueprint(
-        self, request: library_pb2.GetBlueprintRequest, context: CallContext
-    ) -> library_pb2.GetBlueprintResponse:
-        record = self._library.get_blueprint(request.name)
-        return library_pb2.GetBlueprintResponse(blueprint=record)
-
-    async def ListBlueprints(
-        self, request: library_pb2.ListBlueprintsRequest, context: CallContext
-    ) -> library_pb2.ListBlueprintsResponse:
-        require(validate.list_blueprints(request))
-        return await asyncio.to_thread(self._library.list_blueprints, request)
-
-    async def ArchiveBlueprint(
-        self, request: library_pb2.ArchiveBlueprintRequest, context: CallContext
-    ) -> library_pb2.ArchiveBlueprintResponse:
-        require(validate.archive(request.name, request.request_id, "blueprints"))
-        return await asyncio.wrap_future(self._library.archive_blueprint(request))
-
-    async def UpdateBlueprintState(
-        self, request: library_pb2.UpdateBlueprintStateRequest, context: CallContext
-    ) -> library_pb2.UpdateBlueprintStateResponse:
-        require(validate.update_blueprint_state(request))
-        return await asyncio.wrap_future(self._library.update_blueprint_state(request))
-
-    async def CreateKernel(
-        self, request: library_pb2.CreateKernelRequest, context: CallContext
-    ) -> library_pb2.CreateKernelResponse:
-        require(validate.create_kernel(request))
-        digest = await asyncio.to_thread(digest_of_kernel, request.kernel)
-        return await asyncio.wrap_future(self._library.create_kernel(request, digest))
-
-    async def GetKernel(
-        self, request: library_pb2.GetKernelRequest, context: CallContext
-    ) -> library_pb2.GetKernelResponse:
-        return library_pb2.GetKernelResponse(kernel=self._library.get_kernel(request.name))
-
-    async def ListKernels(
-        self, request: library_pb2.ListKernelsRequest, context: CallContext
-    ) -> library_pb2.ListKernelsResponse:
-        require(validate.list_kernels(request))
-        return await asyncio.to_thread(self._library.list_kernels, request)
-
-    async def ArchiveKernel(
-        self, request: library_pb2.ArchiveKernelRequest, context: CallContext
-    ) -> library_pb2.ArchiveKernelResponse:
-        require(validate.archive(request.name, request.request_id, "kernels"))
-        return await asyncio.wrap_future(self._library.archive_kernel(request))
-
-    async def UpdateKernelState(
-        self, request: library_pb2.UpdateKernelStateRequest, context: CallContext
-    ) -> library_pb2.UpdateKernelStateResponse:
-        require(validate.update_kernel_state(request))
-        return await asyncio.wrap_future(self._library.update_kernel_state(request))
-
-    async def RecordMeasurement(
-        self, request: library_pb2.RecordMeasurementRequest, context: CallContext
-    ) -> library_pb2.RecordMeasurementResponse:
-        raise unimplemented("esper.urza.v1.LibraryService/RecordMeasurement")
-
-    async def RecordFieldReport(
-        self, request: library_pb2.RecordFieldReportRequest, context: CallContext
-    ) -> library_pb2.RecordFieldReportResponse:
-        require(validate.record_field_report(request))
-        return await asyncio.wrap_future(self._library.record_field_report(request))
-
-    async def ListFieldReports(
-        self, request: library_pb2.ListFieldReportsRequest, context: CallContext
-    ) -> library_pb2.ListFieldReportsResponse:
-        require(validate.list_field_reports(request))
-        return await asyncio.to_thread(self._library.list_field_reports, request)
-
-    async def GetLineage(
-        self, request: library_pb2.GetLineageRequest, context: CallContext
-    ) -> library_pb2.GetLineageResponse:
-        raise unimplemented("esper.urza.v1.LibraryService/GetLineage")
-
-    def Watch(
-        self, request: library_pb2.WatchRequest, context: CallContext
-    ) -> AsyncIterator[library_pb2.WatchResponse]:
-        raise unimplemented("esper.urza.v1.LibraryService/Watch")
-
-
 class UrzaService:
     """Urza as a service of the shell; its store is `urza` in the data directory.
 
@@ -247,7 +152,7 @@ class UrzaService:
         self._store = Store(directory, SCHEMA)
         blobs = BlobStore(self._store, directory / "blobs")
         self._blob_servicer = BlobServicer(blobs)
-        self._library_servicer = LibraryServicer(Library(self._store, blobs))
+        self._library_servicer = LibraryServicer(Library(self._store, blobs), context.stopping)
         self._run_servicer = RunServicer(Runs(self._store), context.stopping)
 
     def add_to(self, server: grpc.aio.Server) -> None:

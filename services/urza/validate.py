@@ -1,6 +1,9 @@
 """What is wrong with a request to Urza; pure functions over the messages."""
 
 import math
+from collections.abc import Sequence
+
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
@@ -14,6 +17,7 @@ from esper.services.store.requests import check_request_id
 from esper.services.urza.names import check_digest
 from esper.services.urza.names import check_hash
 from esper.services.urza.names import check_name
+from esper.services.urza.names import check_record_name
 from esper.services.urza.names import check_run_id
 from esper.services.urza.names import check_run_name
 from esper.urza.v1 import blob_pb2
@@ -28,6 +32,10 @@ MAX_NAME_CHARS = 256
 MAX_SLOT_CHARS = 512
 MAX_REASON_CHARS = 4096
 MAX_EVENT_BYTES = 1 << 20
+MAX_ETAG_CHARS = 64
+MAX_PARENTS = 16
+MAX_DEPTH = 16
+MIN_PROGRESS_S, MAX_PROGRESS_S = 0.1, 3600.0
 MIN_TIME_S = -62135596800  # the years 1 to 9999, as google.protobuf.Timestamp has it
 MAX_TIME_S = 253402300799
 MAX_INT64 = (1 << 63) - 1
@@ -61,8 +69,8 @@ def find_missing(request: blob_pb2.FindMissingBlobsRequest) -> Violations:
 
 
 def create_blueprint(request: library_pb2.CreateBlueprintRequest) -> Violations:
-    """Checks what the checker of blueprints does not: presence, size, tags, request id."""
-    found = check_request_id(request.request_id)
+    """Checks what the checker of blueprints does not: presence, size, tags, parents, request id."""
+    found = [*check_request_id(request.request_id), *_parents(request.parents)]
     if not request.HasField("blueprint"):
         return [*found, FieldViolation("blueprint", None, "is required")]
     blueprint = request.blueprint
@@ -75,8 +83,12 @@ def create_blueprint(request: library_pb2.CreateBlueprintRequest) -> Violations:
 
 
 def create_kernel(request: library_pb2.CreateKernelRequest) -> Violations:
-    """Checks what the checker of kernels does not: presence, size, tags, digests, request id."""
-    found = [*check_request_id(request.request_id), *check_tags("tags", request.tags)]
+    """Checks what the checker of kernels does not: all but the kernel's own soundness."""
+    found = [
+        *check_request_id(request.request_id),
+        *check_tags("tags", request.tags),
+        *_parents(request.parents),
+    ]
     if not request.HasField("kernel"):
         return [*found, FieldViolation("kernel", None, "is required")]
     kernel = request.kernel
@@ -101,7 +113,7 @@ def list_blueprints(request: library_pb2.ListBlueprintsRequest) -> Violations:
 
 
 def list_kernels(request: library_pb2.ListKernelsRequest) -> Violations:
-    """Checks page size and filter."""
+    """Checks page size, filter and order."""
     wanted = request.filter
     enums = (
         ("slot_kind", wanted.slot_kind, kernel_pb2.SlotKind.DESCRIPTOR),
@@ -110,7 +122,11 @@ def list_kernels(request: library_pb2.ListKernelsRequest) -> Violations:
         ("device_class", wanted.device_class, kernel_pb2.DeviceClass.DESCRIPTOR),
         ("state", wanted.state, library_pb2.KernelState.DESCRIPTOR),
     )
-    found = [*check_page_size(request.page_size), *check_tags("filter.tags", wanted.tags)]
+    found = [
+        *check_page_size(request.page_size),
+        *check_tags("filter.tags", wanted.tags),
+        *check_enum("order", request.order, library_pb2.KernelOrder.DESCRIPTOR, required=False),
+    ]
     for name, value, enum in enums:
         found += check_enum(f"filter.{name}", value, enum, required=False)
     for name, low in (("chunk_width", 1), ("source_width", 1), ("max_parameter_count", 0)):
@@ -124,19 +140,21 @@ def list_kernels(request: library_pb2.ListKernelsRequest) -> Violations:
 
 
 def update_blueprint_state(request: library_pb2.UpdateBlueprintStateRequest) -> Violations:
-    """Checks name, state and request id."""
+    """Checks name, state, etag and request id."""
     return [
         *check_name("name", request.name, "blueprints"),
         *check_enum("state", request.state, library_pb2.BlueprintState.DESCRIPTOR),
+        *_etag(request.etag),
         *check_request_id(request.request_id),
     ]
 
 
 def update_kernel_state(request: library_pb2.UpdateKernelStateRequest) -> Violations:
-    """Checks name, state, request id, and that a move to VALIDATED brings its evidence."""
+    """Checks every field, and that a move to VALIDATED brings its evidence."""
     found = [
         *check_name("name", request.name, "kernels"),
         *check_enum("state", request.state, library_pb2.KernelState.DESCRIPTOR),
+        *_etag(request.etag),
         *check_request_id(request.request_id),
     ]
     report = request.validation
@@ -150,9 +168,44 @@ def update_kernel_state(request: library_pb2.UpdateKernelStateRequest) -> Violat
     return found
 
 
-def archive(name: str, request_id: str, collection: str) -> Violations:
-    """Checks name and request id."""
-    return [*check_name("name", name, collection), *check_request_id(request_id)]
+def archive(
+    request: library_pb2.ArchiveBlueprintRequest | library_pb2.ArchiveKernelRequest,
+    collection: str,
+) -> Violations:
+    """Checks name, etag and request id."""
+    return [
+        *check_name("name", request.name, collection),
+        *_etag(request.etag),
+        *check_request_id(request.request_id),
+    ]
+
+
+def record_measurement(request: library_pb2.RecordMeasurementRequest) -> Violations:
+    """Checks every field of a timing; one without any figure says nothing."""
+    found = [
+        *check_name("name", request.name, "kernels"),
+        *_etag(request.etag),
+        *check_request_id(request.request_id),
+    ]
+    if not request.HasField("measurement"):
+        return [*found, FieldViolation("measurement", None, "is required")]
+    measurement = request.measurement
+    found += [
+        *check_text("measurement.machine", measurement.machine, MAX_NAME_CHARS, required=True),
+        *check_number("measurement.num_tokens", measurement.num_tokens, low=1),
+        *_time("measurement.measure_time", measurement.measure_time),
+    ]
+    figures = ("forward_us", "backward_us", "peak_memory_bytes")
+    present = [name for name in figures if measurement.HasField(name)]
+    if not present:
+        rule = f"must hold one of {', '.join(figures)}"
+        found.append(FieldViolation("measurement", "without a figure", rule))
+    for name in present:
+        value = getattr(measurement, name)
+        found += check_number(f"measurement.{name}", value, low=0)
+        if value == 0 and name != "peak_memory_bytes":
+            found.append(FieldViolation(f"measurement.{name}", value, "must be above 0"))
+    return found
 
 
 def record_field_report(request: library_pb2.RecordFieldReportRequest) -> Violations:
@@ -187,6 +240,23 @@ def list_field_reports(request: library_pb2.ListFieldReportsRequest) -> Violatio
     ]
 
 
+def get_lineage(request: library_pb2.GetLineageRequest) -> Violations:
+    """Checks name and depth."""
+    return [
+        *check_record_name("name", request.name),
+        *check_number("depth", request.depth, 0, MAX_DEPTH),
+    ]
+
+
+def watch(request: library_pb2.WatchRequest) -> Violations:
+    """Checks revision and interval."""
+    found = check_number("start_revision", request.start_revision, low=0)
+    if request.progress_interval_s != 0:
+        interval_s = request.progress_interval_s
+        found += check_number("progress_interval_s", interval_s, MIN_PROGRESS_S, MAX_PROGRESS_S)
+    return found
+
+
 def create_run(request: run_pb2.CreateRunRequest) -> Violations:
     """Checks id, task and request id."""
     return [
@@ -215,16 +285,33 @@ def append_run_event(request: run_pb2.AppendRunEventsRequest, run: str) -> Viola
     if request.run not in ("", run):
         found.append(FieldViolation("run", request.run, f"must be empty or {run} again"))
     found += check_number("expected_sequence", request.expected_sequence, low=0)
-    stamp = request.event_time
-    if not MIN_TIME_S <= stamp.seconds <= MAX_TIME_S:
-        rule = "must lie within the years 1 to 9999"
-        found.append(FieldViolation("event_time.seconds", stamp.seconds, rule))
-    found += check_number("event_time.nanos", stamp.nanos, 0, 999_999_999)
+    found += _time("event_time", request.event_time)
     if not request.body.type_url:
         found.append(FieldViolation("body", None, "is required"))
     elif request.body.ByteSize() > MAX_EVENT_BYTES:
         size = f"{request.body.ByteSize()} bytes"
         found.append(FieldViolation("body", size, f"must have at most {MAX_EVENT_BYTES} bytes"))
+    return found
+
+
+def _etag(etag: str) -> Violations:
+    return check_text("etag", etag, MAX_ETAG_CHARS)
+
+
+def _parents(parents: Sequence[str]) -> Violations:
+    if len(parents) > MAX_PARENTS:
+        return [FieldViolation("parents", len(parents), f"are too many: at most {MAX_PARENTS}")]
+    found: Violations = []
+    for index, parent in enumerate(parents):
+        found += check_record_name(f"parents[{index}]", parent)
+    return found
+
+
+def _time(field: str, stamp: Timestamp) -> Violations:
+    found = check_number(f"{field}.nanos", stamp.nanos, 0, 999_999_999)
+    if not MIN_TIME_S <= stamp.seconds <= MAX_TIME_S:
+        rule = "must lie within the years 1 to 9999"
+        found.append(FieldViolation(f"{field}.seconds", stamp.seconds, rule))
     return found
 
 

@@ -1,6 +1,9 @@
+import string
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from hypothesis import assume
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,9 +13,8 @@ from esper.services.serving.errors import ServiceError
 from esper.services.store.engine import Store
 from esper.services.store.opening import Row
 from esper.services.store.opening import Schema
-from esper.services.store.paging import SCAN_ROWS
-from esper.services.store.paging import decode_token
-from esper.services.store.paging import encode_token
+from esper.services.store.paging import MAX_PAGE_BYTES
+from esper.services.store.paging import PageTokens
 from esper.services.store.paging import read_page
 
 
@@ -37,11 +39,6 @@ def change(store: Store, remove: set[bytes], add: set[bytes], clear: bool = Fals
     store.submit(work).result(10)
 
 
-def keep_even(value: bytes) -> digest_pb2.Digest | None:
-    digest = digest_pb2.Digest.FromString(value)
-    return digest if digest.size_bytes % 2 == 0 else None
-
-
 KEYS = st.sets(
     st.text("abc", min_size=1, max_size=6).map(lambda text: f"p{text}".encode()), max_size=30
 )
@@ -57,68 +54,88 @@ def test_what_stays_is_listed_once_whatever_others_write(
     always, ever = set(keys), set(keys)
     present = set(keys)
     seen: list[bytes] = []
-    after = b""
+    start = b""
     turns = iter(changes)
     while True:
-        page, last = read_page(store, "things", b"p", after, size, keep_even)
+        with store.reading() as row:
+            page, following = read_page(row, store.table("things"), b"p", start, size)
         assert len(page) <= size
-        seen += [digest.hash.encode() for digest in page]
-        if last is None:
+        seen += [digest_pb2.Digest.FromString(value).hash.encode() for value in page]
+        if following is None:
             break
-        assert last == seen[-1]
-        after = last
+        assert len(page) == size
+        start = following
         remove, add = next(turns, (set(), set()))
         change(store, remove, add)
         present = (present - remove) | add
         always &= present
         ever |= add
     assert seen == sorted(set(seen))
-    assert {key for key in always if len(key) % 2 == 0} <= set(seen)
-    assert set(seen) <= {key for key in ever if len(key) % 2 == 0}
+    assert always <= set(seen) <= ever
 
 
-def test_a_sparse_match_is_found_beyond_one_scan(store: Store) -> None:
-    keys = {f"p{number:05}".encode() for number in range(3 * SCAN_ROWS)}
-    wanted = {b"pz1", b"pz2x2"}
-    change(store, set(), keys | wanted, clear=True)
+def test_a_page_is_bounded_in_bytes(store: Store) -> None:
+    def fill(row: Row) -> None:
+        for number in range(4):
+            row.put(b"z%d" % number, bytes(MAX_PAGE_BYTES // 2), db=store.table("things"))
 
-    def keep(value: bytes) -> digest_pb2.Digest | None:
-        digest = digest_pb2.Digest.FromString(value)
-        return digest if digest.hash.encode() in wanted else None
+    store.submit(fill).result(10)
+    with store.reading() as row:
+        page, following = read_page(row, store.table("things"), b"z", b"", 100)
+        assert len(page) == 2
+        assert following is not None
+        page, following = read_page(row, store.table("things"), b"z", following, 100)
+    assert (len(page), following) == (2, None)
 
-    page, last = read_page(store, "things", b"p", b"", 1, keep)
-    assert ([digest.hash for digest in page], last) == (["pz1"], b"pz1")
-    page, last = read_page(store, "things", b"p", b"pz1", 1, keep)
-    assert ([digest.hash for digest in page], last) == (["pz2x2"], None)
+
+@pytest.fixture(scope="module")
+def tokens(store: Store) -> PageTokens:
+    return PageTokens(store)
 
 
 @given(st.binary(min_size=1, max_size=64))
-def test_tokens_give_their_key_back(key: bytes) -> None:
-    assert decode_token("kernels:", encode_token("kernels:", key)) == key
+def test_tokens_give_their_position_back(tokens: PageTokens, position: bytes) -> None:
+    assert tokens.decode("kernels:", tokens.encode("kernels:", position)) == position
 
 
-GOOD = encode_token("kernels:", b"\x01" * 32)
+def test_tokens_outlive_their_server(store: Store, tokens: PageTokens) -> None:
+    assert PageTokens(store).decode("kernels:", tokens.encode("kernels:", b"a")) == b"a"
 
 
-@pytest.mark.parametrize(
-    "token",
-    [
-        "x",
-        "AAAA",
-        GOOD[:-4],
-        "B" + GOOD[1:],
-        GOOD + "====",
-        GOOD + "%",
-        "a" * 2000,
-        "\N{BULLET}",
-        encode_token("blueprints:", b"\x01" * 32),
-        encode_token("kernels:", b""),
-    ],
-)
-def test_foreign_tokens_are_refused(token: str) -> None:
-    if token == GOOD[:-4]:  # a shorter key is a position too
-        assert len(decode_token("kernels:", token)) < 32
-        return
+@settings(max_examples=200)
+@given(st.data())
+def test_any_changed_character_is_found(tokens: PageTokens, data: st.DataObject) -> None:
+    token = tokens.encode("kernels:", data.draw(st.binary(min_size=1, max_size=40)))
+    alphabet = string.ascii_letters + string.digits + "-_="
+    place = data.draw(st.integers(0, len(token)))
+    changed = data.draw(
+        st.sampled_from(
+            [
+                token[:place] + data.draw(st.sampled_from(alphabet)) + token[place + 1 :],
+                token[:place],
+                token[:place] + data.draw(st.sampled_from(alphabet)) + token[place:],
+            ]
+        )
+    )
+    assume(changed not in ("", token))
     with pytest.raises(ServiceError) as caught:
-        decode_token("kernels:", token)
-    assert caught.value.violations[0].field == "page_token"
+        tokens.decode("kernels:", changed)
+    assert [violation.field for violation in caught.value.violations] == ["page_token"]
+
+
+@pytest.mark.parametrize("token", ["x", "AAAA", "%%%%", "a" * 2000, "\N{BULLET}", "\n", " "])
+def test_what_is_no_token_is_refused(tokens: PageTokens, token: str) -> None:
+    with pytest.raises(ServiceError) as caught:
+        tokens.decode("kernels:", token)
+    assert [violation.field for violation in caught.value.violations] == ["page_token"]
+
+
+def test_tokens_of_another_list_or_store_are_refused(tokens: PageTokens, tmp_path: Path) -> None:
+    other = Store(tmp_path, Schema((), version=1))
+    for token in (
+        tokens.encode("blueprints:", b"\x01" * 32),
+        PageTokens(other).encode("kernels:", b"\x01" * 32),
+    ):
+        with pytest.raises(ServiceError):
+            tokens.decode("kernels:", token)
+    other.close()

@@ -1,0 +1,145 @@
+"""The gRPC face of the library."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from esper.services.serving.context import CallContext
+from esper.services.serving.errors import require
+from esper.services.serving.errors import unavailable
+from esper.services.store.followers import first_of
+from esper.services.urza import validate
+from esper.services.urza.library import FOLLOWED
+from esper.services.urza.library import Library
+from esper.services.urza.resources import digest_of_blueprint
+from esper.services.urza.resources import digest_of_kernel
+from esper.urza.v1 import library_pb2 as pb
+from esper.urza.v1 import library_pb2_grpc
+
+PROGRESS_INTERVAL_S = 10.0
+
+# The methods are documented in proto/esper/urza/v1.
+# ruff: noqa: D102, N802
+
+
+class LibraryServicer(library_pb2_grpc.LibraryServiceServicer):
+    """Serves `esper.urza.v1.LibraryService`.
+
+    Args:
+        library: The records.
+        stopping: Set when the server drains; watchers are sent away then.
+    """
+
+    def __init__(self, library: Library, stopping: asyncio.Event) -> None:
+        self._library = library
+        self._stopping = stopping
+
+    async def CreateBlueprint(
+        self, request: pb.CreateBlueprintRequest, context: CallContext
+    ) -> pb.CreateBlueprintResponse:
+        require(validate.create_blueprint(request))
+        digest = await asyncio.to_thread(digest_of_blueprint, request.blueprint)
+        return await asyncio.wrap_future(self._library.create_blueprint(request, digest))
+
+    async def GetBlueprint(
+        self, request: pb.GetBlueprintRequest, context: CallContext
+    ) -> pb.GetBlueprintResponse:
+        record = self._library.get_blueprint(request.name)
+        return pb.GetBlueprintResponse(blueprint=record)
+
+    async def ListBlueprints(
+        self, request: pb.ListBlueprintsRequest, context: CallContext
+    ) -> pb.ListBlueprintsResponse:
+        require(validate.list_blueprints(request))
+        return await asyncio.to_thread(self._library.list_blueprints, request)
+
+    async def ArchiveBlueprint(
+        self, request: pb.ArchiveBlueprintRequest, context: CallContext
+    ) -> pb.ArchiveBlueprintResponse:
+        require(validate.archive(request, "blueprints"))
+        return await asyncio.wrap_future(self._library.archive_blueprint(request))
+
+    async def UpdateBlueprintState(
+        self, request: pb.UpdateBlueprintStateRequest, context: CallContext
+    ) -> pb.UpdateBlueprintStateResponse:
+        require(validate.update_blueprint_state(request))
+        return await asyncio.wrap_future(self._library.update_blueprint_state(request))
+
+    async def CreateKernel(
+        self, request: pb.CreateKernelRequest, context: CallContext
+    ) -> pb.CreateKernelResponse:
+        require(validate.create_kernel(request))
+        digest = await asyncio.to_thread(digest_of_kernel, request.kernel)
+        return await asyncio.wrap_future(self._library.create_kernel(request, digest))
+
+    async def GetKernel(
+        self, request: pb.GetKernelRequest, context: CallContext
+    ) -> pb.GetKernelResponse:
+        return pb.GetKernelResponse(kernel=self._library.get_kernel(request.name))
+
+    async def ListKernels(
+        self, request: pb.ListKernelsRequest, context: CallContext
+    ) -> pb.ListKernelsResponse:
+        require(validate.list_kernels(request))
+        return await asyncio.to_thread(self._library.list_kernels, request)
+
+    async def ArchiveKernel(
+        self, request: pb.ArchiveKernelRequest, context: CallContext
+    ) -> pb.ArchiveKernelResponse:
+        require(validate.archive(request, "kernels"))
+        return await asyncio.wrap_future(self._library.archive_kernel(request))
+
+    async def UpdateKernelState(
+        self, request: pb.UpdateKernelStateRequest, context: CallContext
+    ) -> pb.UpdateKernelStateResponse:
+        require(validate.update_kernel_state(request))
+        return await asyncio.wrap_future(self._library.update_kernel_state(request))
+
+    async def RecordMeasurement(
+        self, request: pb.RecordMeasurementRequest, context: CallContext
+    ) -> pb.RecordMeasurementResponse:
+        require(validate.record_measurement(request))
+        return await asyncio.wrap_future(self._library.record_measurement(request))
+
+    async def RecordFieldReport(
+        self, request: pb.RecordFieldReportRequest, context: CallContext
+    ) -> pb.RecordFieldReportResponse:
+        require(validate.record_field_report(request))
+        return await asyncio.wrap_future(self._library.record_field_report(request))
+
+    async def ListFieldReports(
+        self, request: pb.ListFieldReportsRequest, context: CallContext
+    ) -> pb.ListFieldReportsResponse:
+        require(validate.list_field_reports(request))
+        return await asyncio.to_thread(self._library.list_field_reports, request)
+
+    async def GetLineage(
+        self, request: pb.GetLineageRequest, context: CallContext
+    ) -> pb.GetLineageResponse:
+        require(validate.get_lineage(request))
+        return await asyncio.to_thread(self._library.lineage, request.name, request.depth or 1)
+
+    async def Watch(
+        self, request: pb.WatchRequest, context: CallContext
+    ) -> AsyncIterator[pb.WatchResponse]:
+        require(validate.watch(request))
+        interval_s = request.progress_interval_s or PROGRESS_INTERVAL_S
+        with self._library.followers.following(FOLLOWED) as news:
+            # Everything up to this revision is behind the watcher.
+            revision = request.start_revision - 1
+            if not request.start_revision:
+                revision = self._library.revision()
+            greeted = False
+            while not self._stopping.is_set():
+                news.clear()
+                changes = await asyncio.to_thread(self._library.changes.read, revision + 1)
+                if not greeted:  # not before it is known that the revision can be had
+                    yield pb.WatchResponse(revision=revision)
+                    greeted = True
+                for change in changes:
+                    yield change
+                    revision = change.revision
+                if not changes:
+                    await first_of(news, self._stopping, timeout_s=interval_s)
+                    if not news.is_set() and not self._stopping.is_set():
+                        yield pb.WatchResponse(revision=revision)
+        raise unavailable("the server is stopping; watch again from the next revision")
