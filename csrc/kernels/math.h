@@ -49,23 +49,29 @@ ESPER_HD float exp_of(float x) {
   return p * scale;
 }
 
-// Rational approximation on [-4, 4] (Eigen's and XLA's); at most a few ulp off.
+// erf(x) = x P(x^2) on [-3.92, 3.92], where |erf| has become 1 to the last digit: P fitted in the variable
+// u = 2 x^2 / 3.92^2 - 1, in which the magnitudes of its coefficients add up to 1.13 and nothing cancels.
+// At most 4e-7 off. A rational form has half as many terms, but a division takes as long as all of these.
 ESPER_HD float erf_of(float x) {
-  const float t = x > 4.0f ? 4.0f : (x < -4.0f ? -4.0f : x);
-  const float s = t * t;
-  float p = -2.72614225801306e-10f;
-  p = p * s + 2.77068142495902e-08f;
-  p = p * s + -2.10102402082508e-06f;
-  p = p * s + -5.69250639462346e-05f;
-  p = p * s + -7.34990630326855e-04f;
-  p = p * s + -2.95459980854025e-03f;
-  p = p * s + -1.60960333262415e-02f;
-  float q = -1.45660718464996e-05f;
-  q = q * s + -2.13374055278905e-04f;
-  q = q * s + -1.68282697438203e-03f;
-  q = q * s + -7.37332916720468e-03f;
-  q = q * s + -1.42647390514189e-02f;
-  return t * p / q;
+  const float t = x > 3.92f ? 3.92f : (x < -3.92f ? -3.92f : x);
+  const float u = t * t * (2.0f / (3.92f * 3.92f)) - 1.0f;
+  float p = -8.439160301e-04f;
+  p = p * u + 2.098753816e-03f;
+  p = p * u + -1.394580235e-03f;
+  p = p * u + 1.919987844e-03f;
+  p = p * u + -7.660469972e-03f;
+  p = p * u + 1.420992985e-02f;
+  p = p * u + -1.999506913e-02f;
+  p = p * u + 2.969758026e-02f;
+  p = p * u + -4.343684763e-02f;
+  p = p * u + 5.839599296e-02f;
+  p = p * u + -7.401981950e-02f;
+  p = p * u + 9.059697390e-02f;
+  p = p * u + -1.091792285e-01f;
+  p = p * u + 1.340845525e-01f;
+  p = p * u + -1.801086217e-01f;
+  p = p * u + 3.607368171e-01f;
+  return t * p;
 }
 
 // Rational approximation on [-7.905, 7.905] (Eigen's); at most a few ulp off.

@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "kernels/cpu/memory.h"
 #include "kernels/cpu/pack.h"
 #include "kernels/cpu/slot.h"
-#include "ops/memory.h"
 #include "ops/slot.h"
 #include "ops/spatial.h"
 

@@ -9,9 +9,9 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/cpu/memory.h"
 #include "kernels/cpu/pack.h"
 #include "kernels/cpu/spatial.h"
-#include "ops/memory.h"
 
 namespace esper {
 namespace {

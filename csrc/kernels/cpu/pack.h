@@ -1,6 +1,7 @@
 // Prepares a SlotJob: pads and transposes parameters, lays out gradients and sizes scratch memory.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -12,59 +13,55 @@ inline std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Takes memory from an arena in two passes: the first only counts, so that the second never moves it.
+// Takes memory in two passes: the first only counts.
 template <class T>
 class Arena {
  public:
-  explicit Arena(std::vector<T>& memory, bool counting) : memory_(memory), counting_(counting) {}
+  explicit Arena(T* memory) : memory_(memory) {}  // null while counting
 
   // [rows, columns] to [rows, columns_p]. Needs no memory where there is nothing to pad.
   const T* pad(const T* from, std::int64_t rows, std::int64_t columns, std::int64_t columns_p) {
     if (from == nullptr || columns == columns_p) return from;
-    return fill(rows * columns_p, [&](T* to) {
-      for (std::int64_t i = 0; i < rows; ++i) {
-        for (std::int64_t j = 0; j < columns; ++j) to[i * columns_p + j] = from[i * columns + j];
-      }
-    });
+    T* to = take(rows * columns_p);
+    for (std::int64_t i = 0; to != nullptr && i < rows; ++i) {
+      std::copy_n(from + i * columns, columns, to + i * columns_p);
+      std::fill_n(to + i * columns_p + columns, columns_p - columns, T(0));
+    }
+    return to;
   }
 
   // [rows, columns] to [columns, rows_p].
   const T* transpose(const T* from, std::int64_t rows, std::int64_t columns, std::int64_t rows_p) {
     if (from == nullptr) return nullptr;
-    return fill(columns * rows_p, [&](T* to) {
-      for (std::int64_t i = 0; i < rows; ++i) {
-        for (std::int64_t j = 0; j < columns; ++j) to[j * rows_p + i] = from[i * columns + j];
-      }
-    });
+    T* to = take(columns * rows_p);
+    if (to != nullptr) slot_kernels<T>().transpose(from, columns, rows, columns, to, rows_p);
+    return to;
   }
 
   std::int64_t used() const { return used_; }
 
  private:
-  template <class Fill>
-  const T* fill(std::int64_t elements, Fill copy) {
+  T* take(std::int64_t elements) {  // whole vectors, so that every row starts on a vector
     const std::int64_t at = used_;
     used_ += elements;
-    if (counting_) return nullptr;
-    copy(memory_.data() + at);
-    return memory_.data() + at;
+    return memory_ == nullptr ? nullptr : memory_ + at;
   }
 
-  std::vector<T>& memory_;
-  bool counting_;
+  T* memory_;
   std::int64_t used_ = 0;
 };
 
 template <class T>
 T largest_magnitude(const T* values, std::int64_t count) {
-  T largest = 0;
-  bool finite = true;
-  for (std::int64_t i = 0; values != nullptr && i < count; ++i) {
+  if (values == nullptr) return T(0);
+  T largest = 0, total = 0;  // the sum is not finite where any element is not
+#pragma omp simd reduction(max : largest) reduction(+ : total)
+  for (std::int64_t i = 0; i < count; ++i) {
     const T magnitude = std::abs(values[i]);
-    finite &= magnitude <= std::numeric_limits<T>::max();
+    total += magnitude;
     largest = magnitude > largest ? magnitude : largest;
   }
-  return finite ? largest : std::numeric_limits<T>::infinity();
+  return total <= std::numeric_limits<T>::max() ? largest : std::numeric_limits<T>::infinity();
 }
 
 // Fills in everything of job.seeds but shape, scalars, trains and sends. `tensors[i]` are the row-major
@@ -73,7 +70,7 @@ template <class T>
 void pack(SlotJob<T>& job, const std::vector<SeedTensors<const T>>& tensors, bool backward) {
   const std::int64_t lanes = slot_kernels<T>().lanes;
   for (const bool counting : {true, false}) {
-    Arena<T> arena(job.arena, counting);
+    Arena<T> arena(job.arena.get());
     for (std::size_t i = 0; i < job.seeds.size(); ++i) {
       auto& seed = job.seeds[i];
       const auto& shape = seed.shape;
@@ -101,7 +98,7 @@ void pack(SlotJob<T>& job, const std::vector<SeedTensors<const T>>& tensors, boo
         seed.max_b = largest_magnitude(from.b, shape.width);
       }
     }
-    if (counting) job.arena.assign(static_cast<std::size_t>(arena.used()), T(0));
+    if (counting) job.arena = aligned_memory<T>(arena.used());
   }
 
   std::int64_t at = 0;

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernels/cpu/capability.h"
+#include "kernels/cpu/memory.h"
 #include "kernels/seed.h"
 #include "kernels/stats.h"
 
@@ -58,7 +60,7 @@ struct SlotJob {
   const T* dy = nullptr;  // backward: [tokens, width]
   T* dh = nullptr;        // backward: [tokens, width] or null
   T* dx = nullptr;        // backward: [tokens, input_width] or null
-  std::vector<T> arena;   // owns what was packed
+  std::unique_ptr<T[], FreeMemory> arena;  // owns what was packed
 };
 
 template <class T>
@@ -71,6 +73,10 @@ struct SlotKernels {
   // Adds the parameters' gradients, not yet times alpha_bwd, to `accumulator` at job.grads.
   void (*backward)(const SlotJob<T>& job, std::int64_t first, std::int64_t last, T* scratch,
                    T* accumulator);
+  // [rows, columns] with `stride` elements a row to [columns, to_stride], zeros beyond `rows`. `to_stride` is
+  // a whole number of vectors.
+  void (*transpose)(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t columns, T* to,
+                    std::int64_t to_stride);
 };
 
 // The build for the instruction set in use.
