@@ -24,6 +24,8 @@ class Record {
   std::size_t seed_;
 };
 
+constexpr const char* kScalarNames[] = {"alpha_fwd", "alpha_bwd", "gamma"};
+
 bool floating(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
@@ -110,6 +112,10 @@ SlotCall check_slot(const char* host_name, const at::Tensor& host, const std::op
     const Record record(plan, i);
     auto& [shape, seed_scalars, index] = call.seeds[i];
     const float* row = rows + 3 * record.in(0, 0, scalars.size(0));
+    for (std::size_t k = 0; k < 3; ++k) {
+      TORCH_CHECK_VALUE(row[k] >= 0.0f && row[k] <= 1.0f, "scalars: ", kScalarNames[k], " of seed ", i,
+                        " is ", row[k], " but must be in [0, 1]");
+    }
     seed_scalars = {row[0], row[1], row[2]};
     shape.offset = record.in(1, next_column, call.width);
     shape.width = record.in(2, 1, call.width - shape.offset + 1);

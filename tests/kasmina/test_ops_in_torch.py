@@ -1,5 +1,6 @@
 """The slot operators under torch's machinery, on every instruction set, and with bad arguments."""
 
+import math
 import os
 import subprocess
 import sys
@@ -201,6 +202,10 @@ def test_a_bad_plan_names_the_field(name, seed, value):
         ({"x": torch.zeros(130, 12)}, r"\(A of seed 1\) has shape \[13, 3\] but must be \[12, 3\]"),
         ({"scalars": torch.zeros(3, 2)}, r"scalars .* must be a contiguous float32 \[rows, 3\]"),
         ({"scalars": torch.zeros(3, 3).double()}, "scalars is Double"),
+        ({"scalars": torch.full((3, 3), math.nan)}, "alpha_fwd of seed 0 is nan but must be in"),
+        ({"scalars": torch.full((3, 3), -0.1)}, "alpha_fwd of seed 0 is -0.1 but must be in"),
+        ({"scalars": torch.tensor([FULL, FULL, (1.0, 1.5, 1.0)])}, "alpha_bwd of seed 2 is 1.5"),
+        ({"scalars": torch.tensor([FULL, (1, 1, math.inf), FULL])}, "gamma of seed 1 is inf"),
         ({"plan": [1, 2, 3]}, "plan has 3 integers"),
         ({"params": []}, "params has 0 tensors"),
     ],

@@ -96,6 +96,13 @@ void pack(SlotJob<T>& job, const std::vector<SeedTensors<const T>>& tensors, boo
       if (!counting) {
         seed.max_B = largest_magnitude(from.B, rows_B * shape.width);
         seed.max_b = largest_magnitude(from.b, shape.width);
+        // An activation may make something finite of an infinite weight; its gradient would not be.
+        T largest = std::max(seed.max_B, seed.max_b);
+        for (const T* in : {from.A, from.G}) {
+          largest = std::max(largest, largest_magnitude(in, shape.source_width * shape.rank));
+        }
+        for (const T* in : {from.a, from.c}) largest = std::max(largest, largest_magnitude(in, shape.rank));
+        seed.broken = largest > std::numeric_limits<T>::max();
       }
     }
     if (counting) job.arena = aligned_memory<T>(arena.used());

@@ -32,6 +32,7 @@ struct PackedSeed {
   const T* Bt = nullptr;                // [d, rank_p]; backward only
   const T *At = nullptr, *Gt = nullptr; // [r, source_p]; backward only, where the seed sends to its source
   T max_B = 0, max_b = 0;               // largest magnitudes; infinite where any element is not finite
+  bool broken = false;                  // any parameter is not finite: every row is contained
   bool trains = false;                  // backward: wants the parameters' gradients
   bool sends = false;                   // backward: sends to its source
 };
