@@ -1,5 +1,6 @@
 """Client of Oona: publish events and follow topics."""
 
+import uuid
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -15,6 +16,11 @@ from esper.oona.v1 import event_pb2_grpc
 
 Subscription: TypeAlias = Following[event_pb2.SubscribeResponse, event_pb2.Event]
 """The events of one topic, in order, without end."""
+
+GroupSubscription: TypeAlias = Following[event_pb2.SubscribeResponse, event_pb2.SubscribeResponse]
+"""What one member of a consumer group is given, without end."""
+
+PAGE_SIZE = 200
 
 
 class OonaClient:
@@ -90,8 +96,77 @@ class OonaClient:
             call.initial_metadata()  # comes once the server has noted the position
         return Subscription(call, lambda response: response.event)
 
-    def list_topics(self) -> list[event_pb2.Topic]:
-        """Returns every topic with its extent, by name."""
+    def subscribe_group(
+        self,
+        topic: str,
+        group: str,
+        start_offset: int | None = None,
+        visibility_timeout_s: float = 30.0,
+        max_in_flight: int = 64,
+    ) -> GroupSubscription:
+        """Returns the events of a topic that fall to this member of a consumer group.
+
+        Every event goes to one member, and again to one of them when it has not been acknowledged
+        in time. Each response has the event and how often it has been delivered
+        (`delivery_count`), or a `gap`: events that were dropped by the topic's retention before the
+        group was done with them.
+
+        Args:
+            topic: The topic; one without events is waited for.
+            group: The group's name, of the same form as a topic's; one that is new is made.
+            start_offset: First event of a new group; None means those published after this call
+                returns. A group that exists goes on where it was.
+            visibility_timeout_s: How long an event is kept from the other members, 0.1 to 43200.
+            max_in_flight: The most events that this member holds unacknowledged, 1 to 1024.
+        """
+        request = event_pb2.SubscribeRequest(
+            topic=topic,
+            start_offset=start_offset,
+            group=group,
+            visibility_timeout_s=visibility_timeout_s,
+            max_in_flight=max_in_flight,
+        )
+        call = self._events.Subscribe(request)
+        call.initial_metadata()  # comes once the group's position is stored
+        return GroupSubscription(call, lambda response: response)
+
+    def acknowledge(self, topic: str, group: str, offsets: Iterable[int]) -> int:
+        """Marks events as done for a group and returns how many were not before, once durable.
+
+        Args:
+            topic: The topic.
+            group: The group.
+            offsets: At most 1000.
+        """
+        request = event_pb2.AcknowledgeRequest(topic=topic, group=group, offsets=offsets)
         with readable_errors():
-            request = event_pb2.ListTopicsRequest()
-            return list(self._events.ListTopics(request, timeout=CALL_TIMEOUT_S).topics)
+            return self._events.Acknowledge(request, timeout=CALL_TIMEOUT_S).num_acknowledged
+
+    def set_retention(
+        self, topic: str, max_age_s: float = 0.0, max_bytes: int = 0
+    ) -> event_pb2.Topic:
+        """Bounds what a topic keeps, and returns the topic.
+
+        Args:
+            topic: The topic; one that is new is made.
+            max_age_s: How long an event is kept, in seconds; 0 means seven days.
+            max_bytes: How much is kept; 0 means 1 GiB.
+        """
+        retention = event_pb2.Retention(max_age_s=max_age_s, max_bytes=max_bytes)
+        request = event_pb2.SetRetentionRequest(
+            topic=topic, retention=retention, request_id=str(uuid.uuid4())
+        )
+        with readable_errors():
+            return self._events.SetRetention(request, timeout=CALL_TIMEOUT_S).topic
+
+    def list_topics(self) -> list[event_pb2.Topic]:
+        """Returns every topic with its extent and its groups, by name."""
+        topics: list[event_pb2.Topic] = []
+        request = event_pb2.ListTopicsRequest(page_size=PAGE_SIZE)
+        while True:
+            with readable_errors():
+                page = self._events.ListTopics(request, timeout=CALL_TIMEOUT_S)
+            topics += page.topics
+            if not page.next_page_token:
+                return topics
+            request.page_token = page.next_page_token

@@ -1,24 +1,37 @@
 """Oona's gRPC face: a thin adapter over the log."""
 
 import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import grpc
 
 from esper.oona.v1 import event_pb2
 from esper.oona.v1 import event_pb2_grpc
 from esper.services.oona import log as rows
+from esper.services.oona import migrations
 from esper.services.oona import validate
+from esper.services.oona.groups import Groups
+from esper.services.oona.groups import Member
 from esper.services.oona.log import EventLog
 from esper.services.serving.context import CallContext
 from esper.services.serving.context import ServiceContext
+from esper.services.serving.errors import ServiceError
 from esper.services.serving.errors import require
 from esper.services.serving.errors import unavailable
-from esper.services.serving.errors import unimplemented
 from esper.services.store.engine import Store
+from esper.services.store.followers import first_of
 from esper.services.store.opening import Schema
 
-SCHEMA = Schema(rows.TABLES, version=1)
+LOG = logging.getLogger("esper.oona")
+
+SCHEMA = Schema(rows.TABLES, version=2, migrations={1: migrations.from_1})
+EXPIRY_INTERVAL_S = 20.0
+DEFAULT_IN_FLIGHT = 64
+DEFAULT_TIMEOUT_S = 30.0
 MAX_UNACKNOWLEDGED = 64
 """Events of one Publish stream that may wait for their commit; it is read no further then."""
 
@@ -31,11 +44,13 @@ class EventServicer(event_pb2_grpc.EventServiceServicer):
 
     Args:
         log: The events.
+        groups: The consumer groups of its topics.
         stopping: Set when the server drains; subscriptions end then.
     """
 
-    def __init__(self, log: EventLog, stopping: asyncio.Event) -> None:
+    def __init__(self, log: EventLog, groups: Groups, stopping: asyncio.Event) -> None:
         self._log = log
+        self._groups = groups
         self._stopping = stopping
 
     async def Publish(
@@ -72,45 +87,74 @@ class EventServicer(event_pb2_grpc.EventServiceServicer):
         self, request: event_pb2.SubscribeRequest, context: CallContext
     ) -> AsyncIterator[event_pb2.SubscribeResponse]:
         require(validate.subscribe(request))
-        if request.group:
-            raise unimplemented("esper.oona.v1.EventService/Subscribe with a group")
+        responses = self._shared if request.group else self._independent
+        async with aclosing(responses(request, context)) as stream:
+            async for response in stream:
+                yield response
+        raise unavailable("the server is stopping; subscribe again")
+
+    async def _independent(
+        self, request: event_pb2.SubscribeRequest, context: CallContext
+    ) -> AsyncGenerator[event_pb2.SubscribeResponse, None]:
         offset = request.start_offset
         if not request.HasField("start_offset"):
             offset = self._log.next_offset(request.topic)
         # The headers tell the caller that events from now on will come.
         await context.send_initial_metadata(())
-        stopping = asyncio.create_task(self._stopping.wait())
+        with self._log.followers.following(request.topic) as news:
+            while not self._stopping.is_set():
+                news.clear()
+                events = await asyncio.to_thread(self._log.read, request.topic, offset)
+                for event in events:
+                    yield event_pb2.SubscribeResponse(event=event)
+                offset += len(events)
+                if not events:
+                    await first_of(news, self._stopping)
+
+    async def _shared(
+        self, request: event_pb2.SubscribeRequest, context: CallContext
+    ) -> AsyncGenerator[event_pb2.SubscribeResponse, None]:
+        start = request.start_offset if request.HasField("start_offset") else None
+        group = await self._groups.join(request.topic, request.group, start)
+        member = Member(
+            request.max_in_flight or DEFAULT_IN_FLIGHT,
+            request.visibility_timeout_s or DEFAULT_TIMEOUT_S,
+        )
+        await context.send_initial_metadata(())
+        unsent: deque[event_pb2.SubscribeResponse] = deque()
         try:
-            with self._log.followers.following(request.topic) as news:
+            with self._log.followers.following(request.topic, group.followed) as news:
                 while not self._stopping.is_set():
                     news.clear()
-                    events = await asyncio.to_thread(self._log.read, request.topic, offset)
-                    for event in events:
-                        yield event_pb2.SubscribeResponse(event=event)
-                    offset += len(events)
-                    if not events:
-                        arrival = asyncio.create_task(news.wait())
-                        await asyncio.wait((arrival, stopping), return_when=asyncio.FIRST_COMPLETED)
-                        arrival.cancel()
+                    unsent.extend(await group.claim(member))
+                    if not unsent:
+                        await first_of(news, self._stopping, timeout_s=group.wait_s(member))
+                    while unsent:
+                        response = unsent.popleft()
+                        # A caller that reads slowly may find that its time for an event is over.
+                        if response.HasField("gap") or group.holds(member, response.event.offset):
+                            yield response
         finally:
-            stopping.cancel()
-        raise unavailable("the server is stopping; subscribe again from the next offset")
+            group.release(member, unsent)
 
     async def Acknowledge(
         self, request: event_pb2.AcknowledgeRequest, context: CallContext
     ) -> event_pb2.AcknowledgeResponse:
-        raise unimplemented("esper.oona.v1.EventService/Acknowledge")
+        require(validate.acknowledge(request))
+        number = await self._groups.acknowledge(request.topic, request.group, request.offsets)
+        return event_pb2.AcknowledgeResponse(num_acknowledged=number)
 
     async def SetRetention(
         self, request: event_pb2.SetRetentionRequest, context: CallContext
     ) -> event_pb2.SetRetentionResponse:
-        raise unimplemented("esper.oona.v1.EventService/SetRetention")
+        require(validate.set_retention(request))
+        return await asyncio.wrap_future(self._log.set_retention(request))
 
     async def ListTopics(
         self, request: event_pb2.ListTopicsRequest, context: CallContext
     ) -> event_pb2.ListTopicsResponse:
-        topics = await asyncio.to_thread(self._log.topics)
-        return event_pb2.ListTopicsResponse(topics=topics)
+        require(validate.list_topics(request))
+        return await asyncio.to_thread(self._log.topics, request)
 
 
 class OonaService:
@@ -124,7 +168,10 @@ class OonaService:
 
     def __init__(self, context: ServiceContext) -> None:
         self._store = Store(context.data_dir / "oona", SCHEMA)
-        self._servicer = EventServicer(EventLog(self._store), context.stopping)
+        self._log = EventLog(self._store)
+        groups = Groups(self._store, self._log.followers)
+        self._servicer = EventServicer(self._log, groups, context.stopping)
+        self._expiring = asyncio.create_task(self._expire())
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the servicer."""
@@ -132,7 +179,19 @@ class OonaService:
 
     async def close(self) -> None:
         """Closes the store after its last write."""
+        self._expiring.cancel()
         await asyncio.to_thread(self._store.close)
+
+    async def _expire(self) -> None:
+        """Drops what topics keep no longer, now and then."""
+        while True:
+            await asyncio.sleep(EXPIRY_INTERVAL_S)
+            try:
+                for topic in await asyncio.to_thread(self._log.topic_names):
+                    while await asyncio.wrap_future(self._log.expire(topic)):
+                        pass
+            except ServiceError as error:  # a disk that is full or fails: the next turn tries again
+                LOG.warning("topics could not be trimmed: %s", error)
 
 
 def create(context: ServiceContext) -> OonaService:

@@ -183,11 +183,11 @@ def test_bad_subscriptions_are_refused(
     error = refusal(lambda: next(oona.subscribe(topic, 2)))
     assert error.code is grpc.StatusCode.OUT_OF_RANGE
     assert error.metadata == {"first_offset": "0", "next_offset": "1"}
-    group = event_pb2.SubscribeRequest(topic=topic, group="g")
-    assert refusal(lambda: next(stub.Subscribe(group))).code is grpc.StatusCode.UNIMPLEMENTED
-    error = refusal(lambda: stub.Acknowledge(event_pb2.AcknowledgeRequest()))
-    assert error.code is grpc.StatusCode.UNIMPLEMENTED
-    assert error.metadata == {"method": "esper.oona.v1.EventService/Acknowledge"}
+    assert error.reason == "OFFSET"
+    for fields in ({"visibility_timeout_s": 1.0}, {"max_in_flight": 1}):
+        alone = event_pb2.SubscribeRequest(topic=topic, **fields)
+        error = refusal(lambda alone=alone: next(stub.Subscribe(alone)))
+        assert [violation.field for violation in error.violations] == list(fields)
 
 
 def rss_bytes(pid: int) -> int:
