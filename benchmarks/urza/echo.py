@@ -5,8 +5,8 @@ Started as a process of its own by the benchmarks, on the address that it is giv
     python echo.py unix:/tmp/echo.sock
 
 ``/bare/Unary`` answers with the bytes it got, ``/bare/Upload`` takes a stream and answers with its
-length, ``/bare/Download`` streams as many chunks of 1 MiB as its request says. Nothing is stored,
-hashed or checked.
+length, ``/bare/Download`` streams as many bytes as its request says, in chunks of 1 MiB. Nothing is
+stored, hashed or checked.
 """
 
 import asyncio
@@ -35,8 +35,10 @@ async def _upload(requests: AsyncIterator[bytes], context: object) -> bytes:
 
 
 async def _download(request: bytes, context: object) -> AsyncIterator[bytes]:
-    for _ in range(int(request)):
-        yield CHUNK
+    left = int(request)
+    while left:
+        yield CHUNK[:left]
+        left -= min(left, len(CHUNK))
 
 
 async def serve(address: str) -> None:
@@ -48,9 +50,9 @@ async def serve(address: str) -> None:
         "Download": grpc.unary_stream_rpc_method_handler(_download, _same, _same),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", handlers),))
-    server.add_insecure_port(address)
+    port = server.add_insecure_port(address)
     await server.start()
-    print("ready", flush=True)
+    print(f"ready on {address if address.startswith('unix:') else f'127.0.0.1:{port}'}", flush=True)
     await server.wait_for_termination()
 
 
