@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from typing import Protocol
 
 import pytest
 import torch
@@ -19,7 +20,17 @@ _ROUNDS = 31
 _WARM_UP = 3
 _ROWS: list[tuple[str, str, float, dict[str, float]]] = []
 
-SideBySide = Callable[[str, Callable[[], object], Mapping[str, Callable[[], object]]], None]
+
+class SideBySide(Protocol):
+    """Times one call beside others; `rounds` is how often each is timed."""
+
+    def __call__(  # noqa: D102
+        self,
+        group: str,
+        ours: Callable[[], object],
+        others: Mapping[str, Callable[[], object]],
+        rounds: int = _ROUNDS,
+    ) -> None: ...
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +47,14 @@ def side_by_side(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) ->
     """Times ours beside the alternatives and records their medians over ours."""
 
     def run(
-        group: str, ours: Callable[[], object], others: Mapping[str, Callable[[], object]]
+        group: str,
+        ours: Callable[[], object],
+        others: Mapping[str, Callable[[], object]],
+        rounds: int = _ROUNDS,
     ) -> None:
         contenders = {"ours": ours, **others}
         times: dict[str, list[float]] = {name: [] for name in contenders}
-        for round_number in range(_WARM_UP + _ROUNDS):
+        for round_number in range(_WARM_UP + rounds):
             for name, call in contenders.items():
                 started = time.perf_counter()
                 call()
@@ -51,7 +65,7 @@ def side_by_side(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) ->
         ratios = {name: medians[name] / medians["ours"] for name in others}
         benchmark.group = group
         benchmark.extra_info["median_over_ours"] = ratios
-        benchmark.pedantic(ours, rounds=_ROUNDS, warmup_rounds=_WARM_UP)
+        benchmark.pedantic(ours, rounds=rounds, warmup_rounds=1)
         _ROWS.append((group, request.node.name, medians["ours"], ratios))
 
     return run

@@ -13,7 +13,7 @@ import pytest
 from google.protobuf import any_pb2
 from google.protobuf import timestamp_pb2
 
-from esper.urza.client import digest_of
+from esper.urza.transfer import digest_of
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import blob_pb2_grpc
 from esper.urza.v1 import run_pb2
@@ -88,6 +88,7 @@ def test_small_blobs_of_many_clients(side_by_side, pair, environment: lmdb.Envir
         f"{CLIENTS} durable blobs of {CLIENTS} clients",
         lambda: blobs(pair.address),
         {"one commit per write": lambda: commits(environment, CLIENTS)},
+        rounds=9,
     )
 
 
@@ -98,4 +99,5 @@ def test_events_of_many_clients(side_by_side, pair, environment: lmdb.Environmen
         lambda: histories(pair.address),
         # A sixteenth of them, as the whole would take minutes; the ratio is multiplied back.
         {"one commit per write, of a 16th": lambda: commits(environment, number // 16)},
+        rounds=5,
     )

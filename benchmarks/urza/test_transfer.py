@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from esper import blueprints
-from esper.urza.client import digest_of
+from esper.urza.transfer import digest_of
 from esper.urza.v1 import library_pb2
 from esper.urza.v1 import library_pb2_grpc
 
@@ -55,6 +55,7 @@ def test_write_a_blob(side_by_side, pair, size_bytes: int) -> None:
         f"write {size_bytes >> 10} KiB, durable",
         lambda: pair.plane.urza.write_blob(next(fresh)),
         {"bare stream": lambda: bare(iter(sent))},
+        rounds=9,
     )
 
 
@@ -67,6 +68,7 @@ def test_read_a_blob(side_by_side, pair, size_bytes: int) -> None:
         f"read {size_bytes >> 10} KiB, verified",
         lambda: pair.plane.urza.read_blob(digest),
         {"bare stream": lambda: b"".join(bare(asked))},
+        rounds=9,
     )
 
 
@@ -107,6 +109,7 @@ def test_small_reads_of_many_clients(side_by_side, pair, clients: int) -> None:
         f"{CALLS} reads of {clients} clients",
         lambda: _together(clients, pair.address, ours),
         {"bare echo": lambda: _together(clients, pair.bare_address, bare)},
+        rounds=5,
     )
 
 

@@ -54,6 +54,23 @@ def service_config() -> str:
     return json.dumps({"methodConfig": [{"name": names, "retryPolicy": retry}]})
 
 
+def _options() -> list[tuple[str, int | str]]:
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", RECONNECT_MS),
+        ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_MS),
+        ("grpc.enable_retries", 1),
+        ("grpc.service_config", service_config()),
+        # A proxy for the web knows nothing of the plane, least of all of this machine's ports.
+        ("grpc.enable_http_proxy", 0),
+    ]
+
+
 def make_channel(address: str) -> grpc.Channel:
     """Returns a channel to `address`; it connects with the first call.
 
@@ -63,20 +80,18 @@ def make_channel(address: str) -> grpc.Channel:
     Raises:
         ValueError: For another kind of address.
     """
-    return grpc.insecure_channel(
-        str(parse_address(address)),
-        options=[
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.max_pings_without_data", 0),
-            ("grpc.initial_reconnect_backoff_ms", RECONNECT_MS),
-            ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_MS),
-            ("grpc.enable_retries", 1),
-            ("grpc.service_config", service_config()),
-            # A proxy for the web knows nothing of the plane, least of all of this machine's ports.
-            ("grpc.enable_http_proxy", 0),
-        ],
-    )
+    return grpc.insecure_channel(str(parse_address(address)), options=_options())
+
+
+def make_async_channel(address: str) -> grpc.aio.Channel:
+    """Returns a channel for the asyncio clients, such as `esper.urza.aio.AsyncUrzaClient`.
+
+    Use it as an async context manager, or close it.
+
+    Args:
+        address: `unix:PATH` or `HOST:PORT`.
+
+    Raises:
+        ValueError: For another kind of address.
+    """
+    return grpc.aio.insecure_channel(str(parse_address(address)), options=_options())

@@ -1,7 +1,5 @@
 """Client of Urza: blobs, blueprints, kernels and field reports; its runs are `UrzaClient.runs`."""
 
-import hashlib
-import uuid
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -11,7 +9,6 @@ import grpc
 
 from esper.common.following import Following
 from esper.common.rpc import CALL_TIMEOUT_S
-from esper.common.rpc import STREAM_BYTES_PER_S
 from esper.common.rpc import RpcError
 from esper.common.rpc import readable_errors
 from esper.common.v1 import blueprint_pb2
@@ -19,33 +16,22 @@ from esper.common.v1 import digest_pb2
 from esper.common.v1 import kernel_pb2
 from esper.urza.cache import BlobCache
 from esper.urza.runs import RunClient
+from esper.urza.transfer import MAX_DIGESTS
+from esper.urza.transfer import PAGE_SIZE
+from esper.urza.transfer import UPLOAD_ATTEMPTS
+from esper.urza.transfer import Download
+from esper.urza.transfer import digest_of
+from esper.urza.transfer import new_id
+from esper.urza.transfer import transfer_timeout_s
+from esper.urza.transfer import upload_messages
+from esper.urza.transfer import worth_another_attempt
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import blob_pb2_grpc
 from esper.urza.v1 import library_pb2
 from esper.urza.v1 import library_pb2_grpc
 
-CHUNK_BYTES = 1 << 20
-PAGE_SIZE = 200
-UPLOAD_ATTEMPTS = 5
-MAX_DIGESTS = 1000
-_AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
-
-
 LibraryWatch: TypeAlias = Following[library_pb2.WatchResponse, library_pb2.WatchResponse]
 """The changes of a library, in order, without end."""
-
-
-def digest_of(data: bytes) -> digest_pb2.Digest:
-    """Returns the digest of some bytes."""
-    return digest_pb2.Digest(hash=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
-
-
-def _new_id() -> str:
-    return str(uuid.uuid4())
-
-
-def _transfer_timeout_s(size_bytes: int) -> float:
-    return CALL_TIMEOUT_S + size_bytes / STREAM_BYTES_PER_S
 
 
 class UrzaClient:
@@ -82,13 +68,13 @@ class UrzaClient:
                 with readable_errors():
                     offset = 0 if attempt == 0 else self._committed(digest)
                     self._blobs.WriteBlob(
-                        _chunks(digest, data, offset),
-                        timeout=_transfer_timeout_s(len(data)),
+                        upload_messages(digest, data, offset),
+                        timeout=transfer_timeout_s(len(data)),
                         wait_for_ready=attempt > 0,
                     )
                 return digest
             except RpcError as error:
-                if error.code not in _AGAIN or attempt == UPLOAD_ATTEMPTS - 1:
+                if not worth_another_attempt(error, attempt):
                     raise
         raise AssertionError("the last attempt returns or raises")
 
@@ -114,19 +100,13 @@ class UrzaClient:
 
     def _fetch(self, digest: digest_pb2.Digest) -> bytes:
         request = blob_pb2.ReadBlobRequest(digest=digest)
+        download = Download(digest)
         with readable_errors():
-            answers = self._blobs.ReadBlob(request, timeout=_transfer_timeout_s(digest.size_bytes))
-            hasher = hashlib.sha256()
-            chunks = []
-            for answer in answers:  # each is hashed while the next one comes
-                hasher.update(answer.data)
-                chunks.append(answer.data)
-        data = b"".join(chunks)
-        if (hasher.hexdigest(), len(data)) != (digest.hash, digest.size_bytes):
-            raise RpcError(
-                grpc.StatusCode.DATA_LOSS, f"blob {digest.hash} came with other bytes than its own"
-            )
-        return data
+            for answer in self._blobs.ReadBlob(
+                request, timeout=transfer_timeout_s(digest.size_bytes)
+            ):
+                download.add(answer.data)
+        return download.verified()
 
     def find_missing_blobs(self, digests: Sequence[digest_pb2.Digest]) -> list[digest_pb2.Digest]:
         """Returns those of `digests` that the store does not hold, in the same order."""
@@ -152,7 +132,7 @@ class UrzaClient:
             RpcError: FAILED_PRECONDITION where a parent is not stored.
         """
         request = library_pb2.CreateBlueprintRequest(
-            blueprint=blueprint, parents=parents, request_id=_new_id()
+            blueprint=blueprint, parents=parents, request_id=new_id()
         )
         with readable_errors():
             return self._library.CreateBlueprint(request, timeout=CALL_TIMEOUT_S).blueprint
@@ -183,7 +163,7 @@ class UrzaClient:
     ) -> library_pb2.BlueprintRecord:
         """Moves a blueprint to another state; with `etag`, only if it has not changed since."""
         request = library_pb2.UpdateBlueprintStateRequest(
-            name=name, state=state, etag=etag, request_id=_new_id()
+            name=name, state=state, etag=etag, request_id=new_id()
         )
         with readable_errors():
             return self._library.UpdateBlueprintState(request, timeout=CALL_TIMEOUT_S).blueprint
@@ -205,7 +185,7 @@ class UrzaClient:
                 stored.
         """
         request = library_pb2.CreateKernelRequest(
-            kernel=kernel, tags=tags, parents=parents, request_id=_new_id()
+            kernel=kernel, tags=tags, parents=parents, request_id=new_id()
         )
         with readable_errors():
             return self._library.CreateKernel(request, timeout=CALL_TIMEOUT_S).kernel
@@ -243,7 +223,7 @@ class UrzaClient:
     ) -> library_pb2.KernelRecord:
         """Moves a kernel to another state; to VALIDATED only with a report that passed."""
         request = library_pb2.UpdateKernelStateRequest(
-            name=name, state=state, validation=validation, etag=etag, request_id=_new_id()
+            name=name, state=state, validation=validation, etag=etag, request_id=new_id()
         )
         with readable_errors():
             return self._library.UpdateKernelState(request, timeout=CALL_TIMEOUT_S).kernel
@@ -253,7 +233,7 @@ class UrzaClient:
     ) -> library_pb2.KernelRecord:
         """Adds a timing to a kernel's record; with `etag`, only if it has not changed since."""
         request = library_pb2.RecordMeasurementRequest(
-            name=name, measurement=measurement, etag=etag, request_id=_new_id()
+            name=name, measurement=measurement, etag=etag, request_id=new_id()
         )
         with readable_errors():
             return self._library.RecordMeasurement(request, timeout=CALL_TIMEOUT_S).kernel
@@ -270,7 +250,7 @@ class UrzaClient:
             request_id: Makes it harmless to send the report again; empty takes a new one.
         """
         request = library_pb2.RecordFieldReportRequest(
-            report=report, request_id=request_id or _new_id()
+            report=report, request_id=request_id or new_id()
         )
         with readable_errors():
             return self._library.RecordFieldReport(request, timeout=CALL_TIMEOUT_S).report
@@ -316,18 +296,3 @@ class UrzaClient:
         if start_revision == 0:
             call.initial_metadata()  # comes once the server has noted the position
         return LibraryWatch(call, lambda response: response)
-
-
-def _chunks(
-    digest: digest_pb2.Digest, data: bytes, offset: int
-) -> Iterator[blob_pb2.WriteBlobRequest]:
-    """Yields the messages of an upload from `offset` on; at least one, with the digest."""
-    first = True
-    while first or offset < len(data):
-        yield blob_pb2.WriteBlobRequest(
-            digest=digest if first else None,
-            write_offset=offset,
-            data=data[offset : offset + CHUNK_BYTES],
-        )
-        first = False
-        offset += CHUNK_BYTES

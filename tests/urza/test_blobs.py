@@ -16,7 +16,7 @@ from esper.common.v1 import digest_pb2
 from esper.plane import Plane
 from esper.plane import connect
 from esper.urza.client import UrzaClient
-from esper.urza.client import digest_of
+from esper.urza.transfer import digest_of
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import blob_pb2_grpc
 

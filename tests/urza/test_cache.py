@@ -16,7 +16,7 @@ from esper.plane import Plane
 from esper.plane import connect
 from esper.urza.cache import BlobCache
 from esper.urza.client import UrzaClient
-from esper.urza.client import digest_of
+from esper.urza.transfer import digest_of
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_blob_that_is_larger_than_the_bound_is_not_kept(tmp_path: Path) -> Non
 def test_processes_share_a_folder(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path\n"
-        "from esper.urza.cache import BlobCache; from esper.urza.client import digest_of\n"
+        "from esper.urza.cache import BlobCache; from esper.urza.transfer import digest_of\n"
         "cache = BlobCache(Path(sys.argv[1]), 5000)\n"
         "for turn in range(300):\n"
         "    data = bytes([turn % 20]) * 500\n"

@@ -15,7 +15,7 @@ from urza_samples import refusal
 from esper import blueprints
 from esper.common.v1 import kernel_pb2
 from esper.urza.client import UrzaClient
-from esper.urza.client import digest_of
+from esper.urza.transfer import digest_of
 from esper.urza.v1 import library_pb2 as pb
 from esper.urza.v1 import library_pb2_grpc
 

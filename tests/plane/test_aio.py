@@ -1,0 +1,165 @@
+"""The asyncio clients against the servers that the others talk to."""
+
+import asyncio
+import inspect
+import os
+from collections.abc import AsyncIterator
+from collections.abc import Awaitable
+from collections.abc import Callable
+
+import grpc
+import pytest
+from google.protobuf import wrappers_pb2
+
+from esper import blueprints
+from esper.common.rpc import RpcError
+from esper.common.v1 import blueprint_pb2
+from esper.common.v1 import kernel_pb2
+from esper.oona.aio import AsyncOonaClient
+from esper.oona.client import OonaClient
+from esper.plane import Plane
+from esper.plane.channel import make_async_channel
+from esper.urza.aio import AsyncUrzaClient
+from esper.urza.cache import BlobCache
+from esper.urza.client import UrzaClient
+from esper.urza.transfer import digest_of
+from esper.urza.v1 import library_pb2
+
+TIMEOUT_S = 60
+
+
+def in_loop(
+    plane: Plane, work: Callable[[AsyncUrzaClient, AsyncOonaClient], Awaitable[None]]
+) -> None:
+    async def run() -> None:
+        async with make_async_channel(plane.addresses["urza"]) as channel:
+            async with asyncio.timeout(TIMEOUT_S):
+                await work(AsyncUrzaClient(channel), AsyncOonaClient(channel))
+
+    asyncio.run(run())
+
+
+async def collect(items: AsyncIterator[object]) -> list[object]:
+    return [item async for item in items]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [(UrzaClient, AsyncUrzaClient), (OonaClient, AsyncOonaClient)]
+)
+def test_both_kinds_of_client_have_the_same_calls(theirs: type, ours: type) -> None:
+    def calls(kind: type) -> dict[str, list[inspect.Parameter]]:
+        return {
+            name: list(inspect.signature(member).parameters.values())
+            for name, member in inspect.getmembers(kind, inspect.isfunction)
+            if not name.startswith("_")
+        }
+
+    assert calls(ours) == calls(theirs)
+
+
+@pytest.mark.parametrize("size", [0, 1, 70_000, (3 << 20) + 5])
+def test_blobs_make_the_round_trip(store_plane: Plane, size: int) -> None:
+    async def work(urza: AsyncUrzaClient, oona: AsyncOonaClient) -> None:
+        data = os.urandom(size)
+        digest = await urza.write_blob(data)
+        assert digest == digest_of(data)
+        assert await urza.read_blob(digest) == data
+        assert await urza.find_missing_blobs([digest, digest_of(data + b"x")]) == [
+            digest_of(data + b"x")
+        ]
+        assert store_plane.urza.read_blob(digest) == data
+
+    in_loop(store_plane, work)
+
+
+def test_many_clients_of_one_loop(store_plane: Plane) -> None:
+    async def work(urza: AsyncUrzaClient, oona: AsyncOonaClient) -> None:
+        blobs = [os.urandom(1000) for _ in range(64)]
+        digests = await asyncio.gather(*map(urza.write_blob, blobs))
+        assert await asyncio.gather(*map(urza.read_blob, digests)) == blobs
+
+    in_loop(store_plane, work)
+
+
+def test_a_cached_blob_is_fetched_once(store_plane: Plane, tmp_path) -> None:
+    cache = BlobCache(tmp_path, 1 << 20)
+    digest = store_plane.urza.write_blob(data := os.urandom(100))
+
+    async def run() -> None:
+        async with make_async_channel(store_plane.addresses["urza"]) as channel:
+            urza = AsyncUrzaClient(channel, cache)
+            assert [await urza.read_blob(digest) for _ in range(3)] == [data] * 3
+
+    asyncio.run(run())
+    assert (cache.hits, cache.misses) == (2, 1)
+
+
+def test_the_library(store_plane: Plane) -> None:
+    place = kernel_pb2.KernelSignature(
+        slot_kind=kernel_pb2.SLOT_KIND_LINEAR,
+        chunk_width=4242,
+        source_width=4242,
+        source=blueprint_pb2.SEED_SOURCE_OUTPUT,
+        dtype=kernel_pb2.DATA_TYPE_FLOAT32,
+        device_class=kernel_pb2.DEVICE_CLASS_CPU,
+    )
+    kernel = blueprints.lower(blueprints.get("bottleneck"), place)
+
+    async def work(urza: AsyncUrzaClient, oona: AsyncOonaClient) -> None:
+        blueprint = await urza.create_blueprint(blueprints.get("bottleneck"))
+        assert (await urza.get_blueprint(blueprint.name)).name == blueprint.name
+        async with await urza.watch() as changes:
+            record = await urza.create_kernel(kernel, tags=["async-test"])
+            while not (change := await anext(changes)).HasField("kernel"):
+                pass
+            assert change.kernel.name == record.name
+        assert await urza.get_kernel(record.name) == record
+        found = await collect(urza.list_kernels(library_pb2.KernelFilter(tags=["async-test"])))
+        assert found == [record]
+        report = await urza.record_field_report(
+            library_pb2.FieldReport(
+                kernel=record.name, run="r1", slot="a", verdict=library_pb2.FIELD_VERDICT_CULLED
+            )
+        )
+        assert await collect(urza.list_field_reports(record.name)) == [report]
+        ancestors = (await urza.lineage(record.name)).ancestors
+        assert [edge.parent for edge in ancestors] == [blueprint.name]
+        with pytest.raises(RpcError) as caught:
+            await urza.update_kernel_state(
+                record.name, library_pb2.KERNEL_STATE_DEPLOYED, etag=record.etag
+            )
+        assert caught.value.reason == "ILLEGAL_MOVE"
+
+    in_loop(store_plane, work)
+
+
+def test_errors_name_field_and_rule(store_plane: Plane) -> None:
+    async def work(urza: AsyncUrzaClient, oona: AsyncOonaClient) -> None:
+        with pytest.raises(RpcError) as caught:
+            await urza.get_kernel("kernels/none")
+        assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert [violation.field for violation in caught.value.violations] == ["name"]
+        with pytest.raises(RpcError) as caught:
+            await oona.publish("No Topic", wrappers_pb2.Int32Value(value=1))
+        assert caught.value.violations[0].field == "topic"
+
+    in_loop(store_plane, work)
+
+
+def test_events_are_followed(store_plane: Plane) -> None:
+    topic = f"async.{os.urandom(4).hex()}"
+
+    async def work(urza: AsyncUrzaClient, oona: AsyncOonaClient) -> None:
+        bodies = [wrappers_pb2.Int32Value(value=value) for value in range(5)]
+        assert await oona.publish_many(topic, bodies[:3]) == [0, 1, 2]
+        async with await oona.subscribe(topic, 1) as events:
+            assert await oona.publish(topic, bodies[3], request_id="once") == 3
+            assert await oona.publish(topic, bodies[3], request_id="once") == 3
+            assert [(await anext(events)).offset for _ in range(3)] == [1, 2, 3]
+            waiting = asyncio.ensure_future(anext(events, None))
+            await asyncio.sleep(0)
+            events.close()
+            assert await waiting is None
+        assert topic in [found.name for found in await oona.list_topics()]
+
+    in_loop(store_plane, work)
