@@ -86,7 +86,7 @@ def _graft_hook(layer: KasminaLayer, live: dict[int, tuple[Graft, float]]) -> fx
             f"slot {layer.name!r} has never run, so what it returns is not known; run one forward "
             "of the model first"
         )
-    if not layer.first_input_feeds and any(graft.reads_input for graft, _ in live.values()):
+    if not layer.inlet.reads_first and any(graft.reads_input for graft, _ in live.values()):
         raise ValueError(
             f"slot {layer.name!r} has a graft that reads the module's input, but the first input "
             "is no floating-point tensor, and a hardened module can read no other"

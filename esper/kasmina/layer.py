@@ -1,6 +1,5 @@
 """A slot: the forward hook on one module of the host that runs the slot's seeds."""
 
-import inspect
 from collections.abc import Mapping
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from esper.common.v1 import kernel_pb2
 from esper.kasmina.grafts import Graft
 from esper.kasmina.growth import GrowthProbe
 from esper.kasmina.growth import PendingScores
+from esper.kasmina.inlets import Inlet
 from esper.kasmina.lifecycle import SeedLifecycleState
 from esper.kasmina.ops import slot_forward
 from esper.kasmina.outputs import features_last
@@ -48,14 +48,14 @@ class KasminaLayer(nn.Module):
         num_seeds: Number of seeds.
         channel_axis: Axis of the output's features; None where it is the last.
         width: Features of the output; None until a forward has told it.
-        source_width: Features of the input; None where no seed can read it, or not told yet.
+        source_width: Features of the input that seeds read; None where no seed can read it, or not
+            told yet.
+        inlet: Where seeds read: the module's input, or for a bridge that of another module.
         output_axes: Number of axes of the output; None until a forward has told it.
         output_path: Where in the output the slot's tensor is, see ``SlotState``; None until a
             forward has told it.
         tokens_per_sample: Rows of the output for each sample of the batch, in the forward observed
             last; None before.
-        first_input_feeds: Whether what seeds read is the module's very first input, as far as a
-            forward has told.
         bounds: Half-open feature range of each seed's chunk; empty until the width is known.
         grafts: The planted kernels by seed.
         telemetry: What the slot has shown; None until the width is known.
@@ -74,14 +74,13 @@ class KasminaLayer(nn.Module):
         self.output_axes: int | None = None
         self.output_path: OutputPath | None = None
         self.tokens_per_sample: float | None = None
-        self.first_input_feeds = True
         self.bounds: tuple[tuple[int, int], ...] = ()
         self.grafts = nn.ModuleDict()
         self.telemetry: SlotTelemetry | None = None
         self.calls = 0
         self.missed_steps = 0
         self._site = (site.module,)  # in a tuple: the host owns its modules, the layer does not
-        self._input_names = tuple(inspect.signature(site.module.forward).parameters)
+        self.inlet = Inlet(site)
         self._first_row = first_row
         self._scalars = torch.zeros(0, 3)
         self._seen_dtype: torch.dtype | None = None
@@ -253,6 +252,7 @@ class KasminaLayer(nn.Module):
 
     def detach(self) -> None:
         """Removes the hook for good."""
+        self.inlet.detach()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -261,6 +261,7 @@ class KasminaLayer(nn.Module):
         if not (wanted or self.computes):
             self.detach()
         elif self._handle is None:
+            self.inlet.attach()
             self._handle = self.module.register_forward_hook(self, with_kwargs=True)
 
     # ---------------------------------------------------------------- the hot path
@@ -298,12 +299,9 @@ class KasminaLayer(nn.Module):
             )
         self.calls += 1
         sampled = self._sampled_step is not None
-        x = self._input(args, kwargs) if self._reads_input or sampled else None
+        x = self.inlet.take(args, kwargs)
         if self.output_axes is None:
-            source = self._input(args, kwargs)
-            self._learn(host, path, source)
-            first = args[0] if args else kwargs.get(next(iter(self._input_names), ""))
-            self.first_input_feeds = source is None or source is first
+            self._learn(host, path, x)
         h = features_last(host, self.channel_axis)
         if h.shape[-1] != self.width:
             raise ValueError(
@@ -312,20 +310,12 @@ class KasminaLayer(nn.Module):
             )
         self._num_rows += h.numel() // h.shape[-1]
         if x is not None:
-            x = self._aligned_input(x, host, h)
+            x = self._aligned_input(x, host, h) if self._reads_input or sampled else None
         y, stats = self._blend(h, x, sampled)
         result = host if y is h else restore_layout(y, host, self.channel_axis)
         if sampled:
             self._observe(h, x, result, stats)
         return None if y is h else replace_tensor(output, path, result)
-
-    def _input(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor | None:
-        """The first floating-point tensor among the module's inputs, in the order it names them."""
-        named = (kwargs[name] for name in self._input_names if name in kwargs)
-        for value in (*args, *named):
-            if isinstance(value, Tensor) and value.is_floating_point() and not value.is_nested:
-                return value
-        return None
 
     def _aligned_input(self, x: Tensor, host: Tensor, h: Tensor) -> Tensor | None:
         """The input with features last; None unless it has the output's tokens."""
@@ -361,8 +351,9 @@ class KasminaLayer(nn.Module):
         y, stats = h, None
         if (self._native or self._graphs) and self._reads_input and x is None:
             raise ValueError(
-                f"slot {self.name!r}: a seed reads the slot's input, but this call has no "
-                "floating-point input with the tokens of the output"
+                f"slot {self.name!r}: a seed reads the input of "
+                f"{self.inlet.name or self.name!r}, but this call has no floating-point input there "
+                "with the tokens of the output"
             )
         if self._native:
             params: list[Tensor] = []
@@ -452,7 +443,8 @@ class KasminaLayer(nn.Module):
             device: Where the slot computes.
         """
         assert self.width is not None
-        linear = isinstance(self.module, nn.Linear)
+        # The last module of a bridge does not see what its seeds read.
+        linear = isinstance(self.module, nn.Linear) and self.inlet.name is None
         return GrowthProbe(dormant, self.width, self.source_width, linear, device)
 
 

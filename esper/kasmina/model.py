@@ -87,7 +87,7 @@ class MorphableModel(SlottedModel):
     Args:
         host: The user's model.
         sites: Where the slots sit.
-        seeds_per_layer: Seeds of each slot.
+        num_seeds: Number of seeds of each slot.
         telemetry_enabled: Whether telemetry is sampled.
         original: The host as it was, for ``compare_with_original``; None if it is not kept.
         cache_bytes: Capacity of the kernel cache.
@@ -103,12 +103,12 @@ class MorphableModel(SlottedModel):
         self,
         host: nn.Module,
         sites: Sequence[Site],
-        seeds_per_layer: int,
+        num_seeds: Sequence[int],
         telemetry_enabled: bool,
         original: Original | None,
         cache_bytes: int,
     ) -> None:
-        super().__init__(host, sites, seeds_per_layer, telemetry_enabled, original)
+        super().__init__(host, sites, num_seeds, telemetry_enabled, original)
         self.kernel_cache = KernelCache(cache_bytes)
         self.observers: list[Callable[[Transition], None]] = []
         self._emptied: dict[tuple[str, int], None] = {}  # seeds on their way back to DORMANT

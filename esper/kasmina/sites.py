@@ -28,8 +28,23 @@ DEFAULT_TYPES: tuple[type[nn.Module], ...] = (
 )
 """Module types that become slots where the user names none."""
 
-Target = type[nn.Module] | str
 OutputPath = tuple[tuple[str, int | str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bridge:
+    """A target of ``wrap``: seeds read one module's input and add to another one's output.
+
+    Attributes:
+        first: FQN of the module whose input is read.
+        last: FQN of the module that the slot sits on; it runs after the first one.
+    """
+
+    first: str
+    last: str
+
+
+Target = type[nn.Module] | str | Bridge
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +57,9 @@ class Site:
         kind: What sort of place it is.
         channel_axis: Axis of the output's features; None where it is the last one.
         width: Number of the output's features; None until a forward tells it.
-        source_width: Number of features of the module's input; None until a forward tells it, or
-            where the input can feed no seed because its token axes are not those of the output.
+        source_width: Number of features of the input that seeds read; None until a forward tells
+            it, or where it can feed no seed because its token axes are not those of the output.
+        entry: FQN and module whose input seeds read, for a bridge; None for the module's own.
     """
 
     name: str
@@ -52,6 +68,7 @@ class Site:
     channel_axis: int | None
     width: int | None
     source_width: int | None
+    entry: tuple[str, nn.Module] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +119,8 @@ def find_sites(host: nn.Module, target_layers: Sequence[Target] | Target | None)
     Args:
         host: The user's model.
         target_layers: Module types, FQNs and globs over FQNs (``*``, ``?``, ``[...]``; a ``*``
-            also crosses dots) in any mix; None takes ``DEFAULT_TYPES``. A shared module counts
-            once.
+            also crosses dots) and bridges in any mix; None takes ``DEFAULT_TYPES``. A shared
+            module counts once, and as a bridge where it ends one.
 
     Raises:
         ValueError: If a target matches nothing, names a module that is never called, or no site is
@@ -113,8 +130,17 @@ def find_sites(host: nn.Module, target_layers: Sequence[Target] | Target | None)
     names = {name: module for name, module in host.named_modules(remove_duplicate=False) if name}
     uncalled = _uncalled(host)
     chosen: set[nn.Module] = set()
+    entries: dict[nn.Module, tuple[str, nn.Module]] = {}
     for target in targets:
-        if isinstance(target, str):
+        if isinstance(target, Bridge):
+            first, last = (_callable(name, names, uncalled) for name in (target.first, target.last))
+            if first is last:
+                raise ValueError(
+                    f"target_layers has {target}, but a bridge leads from one module to another"
+                )
+            chosen.add(last)
+            entries[last] = (target.first, first)
+        elif isinstance(target, str):
             chosen.update(_match_name(target, names, uncalled))
         else:
             matches = {m for m in names.values() if isinstance(m, target) and m not in uncalled}
@@ -124,7 +150,7 @@ def find_sites(host: nn.Module, target_layers: Sequence[Target] | Target | None)
                 )
             chosen.update(matches)
     sites = [
-        _describe(name, module)
+        _describe(name, module, entries.get(module))
         for name, module in host.named_modules()
         if name and module in chosen
     ]
@@ -139,11 +165,11 @@ def find_sites(host: nn.Module, target_layers: Sequence[Target] | Target | None)
 def _as_targets(target_layers: Sequence[Target] | Target | None) -> tuple[Target, ...]:
     if target_layers is None:
         return DEFAULT_TYPES
-    if isinstance(target_layers, str | type):
+    if isinstance(target_layers, str | type | Bridge):
         target_layers = (target_layers,)
     targets = tuple(target_layers)
     for target in targets:
-        if isinstance(target, str) and target:
+        if isinstance(target, Bridge) or (isinstance(target, str) and target):
             continue
         if isinstance(target, type) and issubclass(target, nn.Module):
             continue
@@ -172,26 +198,29 @@ def _uncalled(host: nn.Module) -> set[nn.Module]:
 def _match_name(
     pattern: str, names: dict[str, nn.Module], uncalled: set[nn.Module]
 ) -> Iterable[nn.Module]:
-    if pattern in names:
-        if names[pattern] in uncalled:
-            raise ValueError(
-                f"target_layers has {pattern!r}, but a {type(names[pattern]).__name__} there is "
-                "never called as a module, so a seed in it could not act"
-            )
-        return [names[pattern]]
     matches = [
         module
         for name, module in names.items()
         if fnmatch.fnmatchcase(name, pattern) and module not in uncalled
     ]
-    if not matches:
-        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+    return matches if matches and pattern not in names else [_callable(pattern, names, uncalled)]
+
+
+def _callable(name: str, names: dict[str, nn.Module], uncalled: set[nn.Module]) -> nn.Module:
+    """The module of a name, if a slot in it could act."""
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
         hint = f"; near names: {', '.join(near)}" if near else ""
-        raise ValueError(f"target_layers has {pattern!r}, but no module has such a name{hint}")
-    return matches
+        raise ValueError(f"target_layers has {name!r}, but no module has such a name{hint}")
+    if names[name] in uncalled:
+        raise ValueError(
+            f"target_layers has {name!r}, but a {type(names[name]).__name__} there is never called "
+            "as a module, so a seed in it could not act"
+        )
+    return names[name]
 
 
-def _describe(name: str, module: nn.Module) -> Site:
+def _describe(name: str, module: nn.Module, entry: tuple[str, nn.Module] | None) -> Site:
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         raise ValueError(
             f"target_layers has {name!r}, but its parameters are not initialized; run one forward "
@@ -206,7 +235,7 @@ def _describe(name: str, module: nn.Module) -> Site:
     elif isinstance(module, _ConvNd):
         kind, width = kernel_pb2.SLOT_KIND_CONV, module.out_channels
         axis = -1 - len(module.kernel_size)  # counted from the end: inputs may be unbatched
-        source = module.in_channels if _keeps_size(module) else None
+        source = module.in_channels if keeps_size(module) else None
     elif isinstance(module, nn.MultiheadAttention):
         kind, width, source = kernel_pb2.SLOT_KIND_ATTENTION, module.embed_dim, module.embed_dim
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
@@ -220,10 +249,21 @@ def _describe(name: str, module: nn.Module) -> Site:
         width = source = module.num_channels
     elif isinstance(module, nn.Embedding):
         kind, width = kernel_pb2.SLOT_KIND_EMBEDDING, module.embedding_dim
-    return Site(name, module, kind, axis, width, source)
+    if entry is not None:
+        source = _entry_width(entry[1], module)
+    return Site(name, module, kind, axis, width, source, entry)
 
 
-def _keeps_size(conv: _ConvNd) -> bool:
+def _entry_width(first: nn.Module, last: nn.Module) -> int | None:
+    """Features that the seeds of a bridge read; None where only a forward can tell."""
+    if isinstance(first, nn.Linear) and isinstance(last, nn.Linear):
+        return first.in_features
+    if isinstance(first, _ConvNd) and isinstance(last, _ConvNd) and keeps_size(first):
+        return first.in_channels if keeps_size(last) else None
+    return None
+
+
+def keeps_size(conv: _ConvNd) -> bool:
     """Whether every output position of a convolution has an input position of its own."""
     if isinstance(conv, _ConvTransposeNd) or any(stride != 1 for stride in conv.stride):
         return False

@@ -5,6 +5,7 @@ import difflib
 import weakref
 from collections.abc import Callable
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Self
 from typing import cast
 from typing import overload
@@ -57,7 +58,7 @@ class SlottedModel(nn.Module):
     Args:
         host: The user's model.
         sites: Where the slots sit.
-        seeds_per_layer: Seeds of each slot.
+        num_seeds: Number of seeds of each slot.
         telemetry_enabled: Whether telemetry is sampled.
         original: The host as it was, for ``compare_with_original``; None if it is not kept.
 
@@ -73,21 +74,24 @@ class SlottedModel(nn.Module):
         self,
         host: nn.Module,
         sites: Sequence[Site],
-        seeds_per_layer: int,
+        num_seeds: Sequence[int],
         telemetry_enabled: bool,
         original: Original | None,
     ) -> None:
         super().__init__()
-        self._bank = _C.SeedBank([seeds_per_layer] * len(sites))
+        self._bank = _C.SeedBank(list(num_seeds))
+        first_rows = accumulate(num_seeds, initial=0)
         layers = [
-            KasminaLayer(site, seeds_per_layer, position * seeds_per_layer)
-            for position, site in enumerate(sites)
+            KasminaLayer(site, seeds, first_row)
+            for site, seeds, first_row in zip(sites, num_seeds, first_rows, strict=False)
         ]
         self.host = host
         self.slots = SlotTable(layers)
         self._original = original
         self._slot_index = {name: position for position, name in enumerate(self.slots)}
-        self._seeds = [(name, seed) for name in self.slots for seed in range(seeds_per_layer)]
+        self._seeds = [
+            (layer.name, seed) for layer in self.slots.values() for seed in range(layer.num_seeds)
+        ]
         self._active: dict[str, None] = {}  # slots with seeds that compute, in order of arrival
         self._sampler = Sampler(host, self.slots, telemetry_enabled, interval=8)
         self.training = host.training

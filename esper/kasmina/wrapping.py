@@ -1,14 +1,26 @@
 """Making a model morphable, and giving the model back."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
 from torch import nn
 
+from esper.kasmina.auto import find_places
 from esper.kasmina.comparison import Original
 from esper.kasmina.model import MorphableModel
+from esper.kasmina.modes import evaluating
+from esper.kasmina.sites import Site
 from esper.kasmina.sites import Target
 from esper.kasmina.sites import find_sites
 from esper.kasmina.slotted import is_wrapped
+from esper.kasmina.tracing import Inputs
+
+AUTO = "auto"
+"""The target that finds the places by itself."""
+
+ExampleInputs = Tensor | Sequence[object] | Mapping[str, object]
 
 
 def wrap(
@@ -18,6 +30,7 @@ def wrap(
     cache_size_mb: int = 128,
     telemetry_enabled: bool = True,
     preserve_original: bool = True,
+    example_inputs: ExampleInputs | None = None,
 ) -> MorphableModel:
     """Gives a model slots in which seeds can grow; the model itself stays as it is.
 
@@ -26,13 +39,19 @@ def wrap(
 
     Args:
         model: Any model.
-        target_layers: Where slots go: module types, FQNs and globs over FQNs in any mix. Default:
-            every Linear, Conv1d, Conv2d, MultiheadAttention, LayerNorm, BatchNorm1d, BatchNorm2d
-            and Embedding that is called as a module.
-        seeds_per_layer: Seeds of each slot; each owns a part of the slot's features.
+        target_layers: Where slots go: module types, FQNs and globs over FQNs, and ``Bridge`` pairs
+            in any mix, or ``"auto"``, which finds bridges, residual blocks and hidden layers by
+            tracing the model (see ``esper.kasmina.auto``). Default: every Linear, Conv1d, Conv2d,
+            MultiheadAttention, LayerNorm, BatchNorm1d, BatchNorm2d and Embedding that is called as
+            a module.
+        seeds_per_layer: Seeds of each slot; each owns a part of the slot's features. A slot found
+            by ``"auto"`` with fewer features gets as many seeds as features.
         cache_size_mb: Most kernels to keep for reuse, in units of 2**20 bytes.
         telemetry_enabled: Whether to sample telemetry in training.
         preserve_original: Whether to keep a copy of the model for ``compare_with_original``.
+        example_inputs: What the model takes: one tensor, a sequence of positional inputs, or a
+            mapping of keyword inputs. The model is run on them once in eval mode, so that every
+            slot knows its width, and ``"auto"`` sees what tracing cannot follow.
 
     Returns:
         The wrapped model.
@@ -52,11 +71,38 @@ def wrap(
             raise ValueError(
                 f"model ({type(model).__name__}) is wrapped already; esper.unwrap gives it back"
             )
-    sites = find_sites(model, target_layers)
+    inputs = None if example_inputs is None else _as_call(example_inputs)
+    if target_layers == AUTO:
+        sites = _found(model, inputs)
+        num_seeds = [min(seeds_per_layer, site.width or seeds_per_layer) for site in sites]
+    else:
+        sites = find_sites(model, target_layers)
+        num_seeds = [seeds_per_layer] * len(sites)
     original = Original(model) if preserve_original else None
-    return MorphableModel(
-        model, sites, seeds_per_layer, telemetry_enabled, original, cache_size_mb * 2**20
+    wrapped = MorphableModel(
+        model, sites, num_seeds, telemetry_enabled, original, cache_size_mb * 2**20
     )
+    if inputs is not None:
+        with torch.random.fork_rng(), evaluating(wrapped):
+            wrapped(*inputs[0], **inputs[1])
+    return wrapped
+
+
+def _as_call(example_inputs: ExampleInputs) -> Inputs:
+    if isinstance(example_inputs, Mapping):
+        return (), example_inputs
+    return (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs, {}
+
+
+def _found(model: nn.Module, inputs: Inputs | None) -> list[Site]:
+    places = find_places(model, inputs)
+    if not places:
+        hint = "" if inputs else ", or pass example_inputs, on which the model can be run"
+        raise ValueError(
+            f"target_layers is 'auto', but no place to grow was found in {type(model).__name__}; "
+            f"name its layers{hint}"
+        )
+    return find_sites(model, places)
 
 
 def unwrap(model: MorphableModel) -> nn.Module:
