@@ -218,6 +218,7 @@ def _slot_to_json(slot: SlotEntry) -> Json:
     return {
         "kind": _kind_name(state.kind),
         "width": state.width,
+        "entry": state.entry,
         "source_width": state.source_width,
         "channel_axis": state.channel_axis,
         "output_path": (
@@ -250,6 +251,7 @@ def _slot(entry: Fields, kernels: Mapping[str, kernel_pb2.Kernel]) -> SlotEntry:
             source_width=entry.optional_count("source_width", least=1),
             channel_axis=entry.optional_count("channel_axis", least=-8),
             output_path=_output_path(entry, entry.take("output_path")),
+            entry=entry.optional_text("entry"),
         ),
         seeds=seeds,
     )

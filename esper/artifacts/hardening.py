@@ -5,6 +5,9 @@ The parameters of a graft become parameters of the module that the graft sits on
 grafts compute. So classes, attributes and parameter names of the host stay as they are (a container
 still holds its children only, and code that reads ``layer.weight`` still can), and the result
 copies, pickles, compiles and exports as any other module.
+
+A graft of a bridge reads the input of another module. That module's pre-hook, a graph as well, lays
+its input into a set that both modules hold, and the graft's hook takes it out again.
 """
 
 import copy
@@ -13,6 +16,7 @@ import operator
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch import fx
 from torch import nn
 
@@ -54,14 +58,17 @@ def harden(model: MorphableModel) -> nn.Module:
         )
     twin = copy.deepcopy(model)
     hardened = [
-        (layer.module, _graft_hook(layer, live))
+        (layer, _graft_hook(layer, live))
         for layer in twin.slots.values()
         if (live := _live_grafts(twin, layer))
     ]
     host = unwrap(twin)
-    for module, hook in hardened:
+    for layer, hook in hardened:
         # The method and not the module: torch.fx cannot trace a call of a module that is no child.
-        module.register_forward_hook(hook.forward, with_kwargs=True)
+        layer.module.register_forward_hook(hook.forward, with_kwargs=True)
+        if hasattr(layer.module, _carrier(layer)):
+            keep = _carrier_hook(layer).forward
+            layer.inlet.module.register_forward_pre_hook(keep, with_kwargs=True)
     return host
 
 
@@ -99,7 +106,12 @@ def _graft_hook(layer: KasminaLayer, live: dict[int, tuple[Graft, float]]) -> fx
     for _, key in layer.output_path:
         h = graph.call_function(operator.getitem, (h, key))
     h = _features_last(graph, h, layer)
-    x = _features_last(graph, _first_input(graph, layer.module, args, kwargs), layer)
+    if not any(graft.reads_input for graft, _ in live.values()):
+        x = h  # nothing reads it
+    elif layer.inlet.name is None:
+        x = _features_last(graph, _first_input(graph, layer.module, args, kwargs), layer)
+    else:
+        x = _features_last(graph, _carried(graph, layer, module), layer)
     pieces: list[fx.Node] = []
     written = 0
     for seed, (graft, alpha) in live.items():
@@ -119,7 +131,6 @@ def _graft_hook(layer: KasminaLayer, live: dict[int, tuple[Graft, float]]) -> fx
     if layer.channel_axis is not None:
         y = graph.call_method("movedim", (y, -1, layer.channel_axis))
     graph.output(_rebuild(graph, output, layer.output_path, y, layer.name))
-    graph.eliminate_dead_code()  # the input, where no graft reads it
     return fx.GraphModule(nn.Module(), graph)
 
 
@@ -140,6 +151,39 @@ def _first_input(graph: fx.Graph, module: nn.Module, args: fx.Node, kwargs: fx.N
     by_keyword = graph.call_method("get", (kwargs, name))
     candidates = graph.call_function(operator.add, (by_position, (by_keyword,)))
     return graph.call_function(operator.getitem, (candidates, 0))
+
+
+def _carrier(layer: KasminaLayer) -> str:
+    """Name of what carries a bridge's input, as an attribute of both its modules."""
+    return "graft_input_" + layer.name.replace(".", "_")
+
+
+def _carried(graph: fx.Graph, layer: KasminaLayer, module: fx.Node) -> fx.Node:
+    """Takes the input of a bridge's first module out of where it was laid."""
+    # A set: torch.export gives either module a list or dict of its own, and a graph that is pickled
+    # forgets what is set on an attribute.
+    name, carrier = _carrier(layer), set[Tensor]()
+    for holder in (layer.inlet.module, layer.module):
+        if hasattr(holder, name):
+            raise ValueError(
+                f"{layer.name}: {type(holder).__name__}.{name} exists already, but a hardened "
+                "module needs that name to carry the input of a bridge"
+            )
+        setattr(holder, name, carrier)
+    carrier_node = graph.call_function(getattr, (module, name))
+    return graph.call_method("pop", (carrier_node,))
+
+
+def _carrier_hook(layer: KasminaLayer) -> fx.GraphModule:
+    """The pre-hook of a bridge's first module: lays its input down for the last."""
+    graph = fx.Graph()
+    module, args, kwargs = (graph.placeholder(name) for name in ("module", "args", "kwargs"))
+    x = _first_input(graph, layer.inlet.module, args, kwargs)
+    carrier = graph.call_function(getattr, (module, _carrier(layer)))
+    graph.call_method("clear", (carrier,))
+    graph.call_method("add", (carrier, x))
+    graph.output(None)
+    return fx.GraphModule(nn.Module(), graph)
 
 
 def _adopt_parameters(layer: KasminaLayer, seed: int, graft: Graft) -> dict[str, str]:

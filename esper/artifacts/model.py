@@ -31,11 +31,14 @@ from esper.artifacts.folder import check_file
 from esper.artifacts.folder import file_digest
 from esper.artifacts.folder import write_folder
 from esper.common.v1 import kernel_pb2
+from esper.kasmina import Bridge
 from esper.kasmina import KasminaLayer
 from esper.kasmina import MorphableModel
 from esper.kasmina import SlotState
 from esper.kasmina import unwrap
-from esper.kasmina import wrap
+from esper.kasmina.sites import find_sites
+from esper.kasmina.wrapping import DEFAULT_CACHE_MB
+from esper.kasmina.wrapping import check_plain
 
 
 class HistoryEntry(Protocol):
@@ -135,8 +138,7 @@ def load(path: str | PathLike[str], host: nn.Module) -> MorphableModel:
             for another host. Names field, value and rule.
         ValueError: If ``host`` is wrapped.
     """
-    if isinstance(host, MorphableModel):
-        raise ValueError("host is wrapped already, but load needs the plain model")
+    check_plain(host)
     architecture, stored = _read(Path(path))
     targets, aliases = host_state(host)
     _check_host(architecture, targets, aliases)
@@ -161,7 +163,7 @@ def load_into(path: str | PathLike[str], model: MorphableModel) -> None:
     architecture, stored = _read(Path(path))
     targets, aliases = host_state(model.host)
     _check_host(architecture, targets, aliases)
-    _check_slots(architecture, model)
+    _check_slots(architecture, list(model.slots))
     try:
         model.restore(*_seeds(architecture, stored), over=True)
     except ValueError as error:
@@ -193,35 +195,36 @@ def _seeds(architecture: Architecture, stored: Mapping[str, Tensor]) -> tuple[
     return architecture.bank, slots, _grafts(architecture, stored)
 
 
-def _check_slots(architecture: Architecture, model: MorphableModel) -> None:
-    if list(model.slots) != list(architecture.slots):
-        raise ModelFolderError(
-            "host", list(model.slots), f"its slots must be {list(architecture.slots)}"
-        )
+def _check_slots(architecture: Architecture, names: list[str]) -> None:
+    if names != list(architecture.slots):
+        raise ModelFolderError("host", names, f"its slots must be {list(architecture.slots)}")
 
 
 def _build(
     architecture: Architecture, host: nn.Module, stored: Mapping[str, Tensor]
 ) -> MorphableModel:
     """Wraps the host and puts the seeds back; takes all of it off again where that fails."""
-    sizes = {len(slot.seeds) for slot in architecture.slots.values()}
-    if len(sizes) != 1:
-        raise ModelFolderError(
-            f"{ARCHITECTURE_FILE}.slots",
-            sorted(sizes),
-            "every slot must have the same number of seeds",
-        )
+    targets = [
+        name if slot.state.entry is None else Bridge(slot.state.entry, name)
+        for name, slot in architecture.slots.items()
+    ]
     try:
-        model = wrap(
+        sites = find_sites(host, targets)
+    except ValueError as error:
+        raise _inconsistent(error) from error
+    _check_slots(architecture, [site.name for site in sites])
+    try:
+        model = MorphableModel(
             host,
-            target_layers=list(architecture.slots),
-            seeds_per_layer=sizes.pop(),
-            preserve_original=False,
+            sites,
+            [len(slot.seeds) for slot in architecture.slots.values()],
+            telemetry_enabled=True,
+            original=None,
+            cache_bytes=DEFAULT_CACHE_MB * 2**20,
         )
     except ValueError as error:
         raise _inconsistent(error) from error
     try:
-        _check_slots(architecture, model)
         model.restore(*_seeds(architecture, stored))
         _check_seeds(architecture, model, stored)
     except BaseException as error:

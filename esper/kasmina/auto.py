@@ -14,6 +14,7 @@ A pair is left out where its modules are called in another pattern than in turns
 could not tell then which input belongs to which output.
 """
 
+import re
 from collections.abc import Iterable
 from collections.abc import Sequence
 
@@ -40,8 +41,11 @@ _ACTIVATIONS = tuple(
     and kind is not nn.MultiheadAttention
 )
 _ACTIVATION_NAMES = frozenset(
-    "celu elu gelu glu hardsigmoid hardswish hardtanh leaky_relu mish prelu relu relu6 rrelu selu "
-    "sigmoid silu softplus softsign swish tanh tanhshrink".split()
+    re.findall(
+        r"\w+",
+        "celu elu gelu glu hardsigmoid hardswish hardtanh leaky_relu mish prelu relu relu6 rrelu "
+        "selu sigmoid silu softplus softsign swish tanh tanhshrink",
+    )
 )
 _SHAPELESS = (
     _DropoutNd,
@@ -53,8 +57,11 @@ _SHAPELESS = (
     nn.Identity,
 )
 _SHAPELESS_NAMES = frozenset(
-    "alpha_dropout batch_norm contiguous dropout dropout1d dropout2d dropout3d feature_dropout "
-    "group_norm instance_norm layer_norm rms_norm".split()
+    re.findall(
+        r"\w+",
+        "alpha_dropout batch_norm contiguous dropout dropout1d dropout2d dropout3d feature_dropout "
+        "group_norm instance_norm layer_norm rms_norm",
+    )
 )
 _SUMS = frozenset({"add", "iadd", "radd"})
 _PRODUCTS = frozenset({"mul", "imul", "rmul"})
@@ -120,7 +127,7 @@ def _partner(last: Step, modules: dict[str, nn.Module], order: dict[Step, int]) 
 
 
 def _origins(step: Step, modules: dict[str, nn.Module]) -> list[Step]:
-    """The layers whose results a step is made of, shape by shape; none if anything else is in it."""
+    """The layers whose results a step is made of; none if anything else is in it."""
     if _is_layer(step, modules):
         return [step]
     if step.function in _PRODUCTS and len(step.inputs) == 2:
@@ -137,7 +144,7 @@ def _reaches_activation(step: Step, modules: dict[str, nn.Module]) -> bool:
 
 
 def _residual_blocks(flow: Flow, modules: dict[str, nn.Module]) -> Iterable[str]:
-    """Modules that return a sum, norms and activations after it apart; the innermost of each sum."""
+    """Innermost modules that return a sum, norms and activations after it apart."""
     seen: set[Step] = set()
     for name, step in flow.blocks:
         while _keeps_shape(step, modules):

@@ -23,7 +23,10 @@ class Inlet:
     """
 
     def __init__(self, site: Site) -> None:
-        self.name, self.module = (None, site.module) if site.entry is None else site.entry
+        self.name: str | None = None
+        self.module = site.module
+        if site.entry is not None:
+            self.name, self.module = site.entry
         self.reads_first = True
         self._input_names = tuple(inspect.signature(self.module.forward).parameters)
         self._kept: Tensor | None = None

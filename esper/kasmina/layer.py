@@ -149,6 +149,7 @@ class KasminaLayer(nn.Module):
             channel_axis=self.channel_axis,
             output_axes=self.output_axes,
             output_path=self.output_path,
+            entry=self.inlet.name,
         )
 
     # ---------------------------------------------------------------- what changes it
@@ -351,9 +352,8 @@ class KasminaLayer(nn.Module):
         y, stats = h, None
         if (self._native or self._graphs) and self._reads_input and x is None:
             raise ValueError(
-                f"slot {self.name!r}: a seed reads the input of "
-                f"{self.inlet.name or self.name!r}, but this call has no floating-point input there "
-                "with the tokens of the output"
+                f"slot {self.name!r}: a seed reads the input of {self.inlet.name or self.name!r}, "
+                "but this call has no floating-point input there with the tokens of the output"
             )
         if self._native:
             params: list[Tensor] = []

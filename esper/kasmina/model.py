@@ -374,6 +374,11 @@ class MorphableModel(SlottedModel):
                 raise ValueError(
                     f"slots[{name!r}].width is {slot_state.width}, but the model has {width}"
                 )
+            entry = self.slots[name].inlet.name
+            if entry != slot_state.entry:
+                raise ValueError(
+                    f"slots[{name!r}].entry is {slot_state.entry!r}, but the model has {entry!r}"
+                )
         for slot, seed in self._seeds:
             state = SeedLifecycleState(bank.state(self._slot_index[slot], seed))
             if state.holds_graft != ((slot, seed) in grafts):

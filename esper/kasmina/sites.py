@@ -83,6 +83,7 @@ class SlotState:
         output_path: Where the slot's tensor is in what its module returns: name of the container's
             type and key, from the outside in; () for a tensor; None while unknown.
         output_axes: Number of axes of the output; None while unknown.
+        entry: FQN of the module whose input seeds read, for a bridge; None for the slot's own.
     """
 
     kind: kernel_pb2.SlotKind
@@ -91,6 +92,7 @@ class SlotState:
     channel_axis: int | None
     output_path: OutputPath | None
     output_axes: int | None = None
+    entry: str | None = None
 
 
 def chunk_bounds(width: int, num_seeds: int) -> tuple[tuple[int, int], ...]:

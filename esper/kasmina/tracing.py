@@ -1,4 +1,4 @@
-"""How data flows through a model: the calls of its layers and functions, in order, with their inputs.
+"""How data flows through a model: calls of layers and functions in order, with their inputs.
 
 Two ways lead there. ``traced`` follows ``torch.fx`` proxies through ``forward`` and needs no data;
 what looks at values cannot be followed, so such a module stays one closed step and each module

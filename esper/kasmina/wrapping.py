@@ -20,6 +20,8 @@ from esper.kasmina.tracing import Inputs
 AUTO = "auto"
 """The target that finds the places by itself."""
 
+DEFAULT_CACHE_MB = 128
+
 ExampleInputs = Tensor | Sequence[object] | Mapping[str, object]
 
 
@@ -27,7 +29,7 @@ def wrap(
     model: nn.Module,
     target_layers: Sequence[Target] | Target | None = None,
     seeds_per_layer: int = 4,
-    cache_size_mb: int = 128,
+    cache_size_mb: int = DEFAULT_CACHE_MB,
     telemetry_enabled: bool = True,
     preserve_original: bool = True,
     example_inputs: ExampleInputs | None = None,
@@ -66,11 +68,7 @@ def wrap(
         raise ValueError(f"seeds_per_layer is {seeds_per_layer}, but it must be at least 1")
     if cache_size_mb < 0:
         raise ValueError(f"cache_size_mb is {cache_size_mb}, but it must be at least 0")
-    for module in model.modules():
-        if isinstance(module, MorphableModel) or is_wrapped(module):
-            raise ValueError(
-                f"model ({type(model).__name__}) is wrapped already; esper.unwrap gives it back"
-            )
+    check_plain(model)
     inputs = None if example_inputs is None else _as_call(example_inputs)
     if target_layers == AUTO:
         sites = _found(model, inputs)
@@ -86,6 +84,19 @@ def wrap(
         with torch.random.fork_rng(), evaluating(wrapped):
             wrapped(*inputs[0], **inputs[1])
     return wrapped
+
+
+def check_plain(model: nn.Module) -> None:
+    """Refuses a model that has slots already.
+
+    Raises:
+        ValueError: If it, or a module of it, is wrapped.
+    """
+    for module in model.modules():
+        if isinstance(module, MorphableModel) or is_wrapped(module):
+            raise ValueError(
+                f"model ({type(model).__name__}) is wrapped already; esper.unwrap gives it back"
+            )
 
 
 def _as_call(example_inputs: ExampleInputs) -> Inputs:

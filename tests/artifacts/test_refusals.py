@@ -198,7 +198,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
                 d["slots"]["norm"].update(width=None, chunk_widths=[]),
             ),
         ),
-        "weights.safetensors|every slot must have the same number of seeds",
+        "weights.safetensors|bank has 5 slots with 15 seeds, but the model has 5 with 14",
     ),
     "chunks that do not add up": (
         lambda f: resign(f, lambda d: d["slots"]["norm"].update(chunk_widths=[4, 4, 5])),
@@ -340,7 +340,7 @@ def test_host_that_lacks_a_layer_or_ties_more_is_refused(
 def test_wrapped_host_and_plain_model_are_refused(
     folder: Path, tmp_path: Path, new_host: NewHost
 ) -> None:
-    with pytest.raises(ValueError, match="host is wrapped already"):
+    with pytest.raises(ValueError, match="wrapped already"):
         esper.load(folder, esper.wrap(new_host()))
     with pytest.raises(ValueError, match="model is a Net, but only a wrapped model can be saved"):
         esper.save(new_host(), tmp_path / "plain")
