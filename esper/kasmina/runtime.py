@@ -56,7 +56,7 @@ def runtime_of(layer: KasminaLayer) -> SlotRuntime:
         layer.calls,
         layer.missed_steps,
         layer.tokens_per_sample,
-        layer.first_input_feeds,
+        layer.inlet.reads_first,
         None if layer.telemetry is None else layer.telemetry.state(),
     )
 
@@ -76,7 +76,7 @@ def resume_slot(layer: KasminaLayer, runtime: SlotRuntime) -> None:
     layer.output_axes = runtime.output_axes
     layer.calls, layer.missed_steps = runtime.calls, runtime.missed_steps
     layer.tokens_per_sample = runtime.tokens_per_sample
-    layer.first_input_feeds = runtime.first_input_feeds
+    layer.inlet.reads_first = runtime.first_input_feeds
     if runtime.telemetry is None or layer.telemetry is None:
         return
     measured = runtime.telemetry.growth
