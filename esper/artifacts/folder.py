@@ -104,31 +104,36 @@ def architecture_bytes(folder: Path) -> bytes:
     return path.read_bytes()
 
 
-def check_target(folder: Path) -> None:
+def check_target(folder: Path, mark: str = ARCHITECTURE_FILE) -> None:
     """Refuses a place that `write_folder` would refuse, before anything is written.
+
+    Args:
+        folder: The place.
+        mark: The file that tells a folder that may be replaced.
 
     Raises:
         ModelFolderError: If something other than a model folder has the name.
     """
     if not folder.exists():
         return
-    if not folder.is_dir() or (
-        any(folder.iterdir()) and not (folder / ARCHITECTURE_FILE).is_file()
-    ):
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / mark).is_file()):
         raise ModelFolderError(
-            "path", str(folder), "it is there already and is no model folder; choose another"
+            "path", str(folder), f"it is there already and has no {mark}; choose another"
         )
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Puts a new model folder in place, or leaves what was there.
+def write_folder(
+    folder: Path, fill: Callable[[Path], None], *, mark: str = ARCHITECTURE_FILE
+) -> None:
+    """Puts a new folder in place, or leaves what was there.
 
     ``fill`` writes into a temporary folder beside it; once every byte is on disk that folder takes
-    the name. An earlier model folder of that name is replaced; anything else is never touched.
+    the name. An earlier folder of that name and sort is replaced; anything else is never touched.
 
     Args:
-        folder: Where the model folder is to be; missing parents are made.
+        folder: Where it is to be; missing parents are made.
         fill: Writes the files into the folder that it is given.
+        mark: The file that tells its sort.
 
     Raises:
         ModelFolderError: If something other than a model folder has the name, or it cannot be
@@ -136,7 +141,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """
     folder = folder.absolute()
     try:
-        check_target(folder)
+        check_target(folder, mark)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _beside(folder, "new") as new, _beside(folder, "old") as old:
             new.mkdir()

@@ -194,6 +194,14 @@ class KasminaLayer(nn.Module):
         """
         self._scalars = scalars
 
+    def plant(self, seed: int, graft: Graft) -> None:
+        """Puts a graft into an empty seed."""
+        self.grafts[str(seed)] = graft
+        # Parameters come in the order of the seeds, however old each is: whoever sums over them
+        # (to clip gradients, say) gets the same sum after a restart.
+        for key in sorted(self.grafts, key=int):
+            self.grafts[key] = self.grafts.pop(key)
+
     def remove(self, seed: int) -> None:
         """Drops what is planted in a seed."""
         del self.grafts[str(seed)]

@@ -204,7 +204,7 @@ class MorphableModel(SlottedModel):
         graft = Graft(entry.kernel, digest, weights, place_of(layer, seed))
         graft.train(self.training)
         self.kernel_cache.put(digest, entry, in_use=True)
-        layer.grafts[str(seed)] = graft
+        layer.plant(seed, graft)
         self._move(slot, seed, SeedLifecycleState.GERMINATED, reason)
 
     def unload_kernel(self, slot: str, seed: int, reason: str = "") -> None:
@@ -345,7 +345,7 @@ class MorphableModel(SlottedModel):
         for (slot, seed), graft in planted.items():
             entry = self.kernel_cache.get(graft.digest) or CachedKernel(graft.kernel, None)
             self.kernel_cache.put(graft.digest, entry, in_use=True)
-            self.slots[slot].grafts[str(seed)] = graft
+            self.slots[slot].plant(seed, graft)
         self._emptied = {at: None for at in self._seeds if self.seed_state(*at) in _EMPTIED}
         for slot in self.slots:
             self._rebuild(slot)

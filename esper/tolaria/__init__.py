@@ -1,5 +1,6 @@
 """Tolaria: the training side of Esper, and the client of all services."""
 
+from esper.tolaria.checkpoint import Checkpoints
 from esper.tolaria.evaluation import SampleLoss
 from esper.tolaria.evaluation import Trial
 from esper.tolaria.history import EpochRecord
@@ -10,6 +11,7 @@ from esper.tolaria.session import session
 from esper.tolaria.trainer import Trainer
 
 __all__ = [
+    "Checkpoints",
     "EpochRecord",
     "History",
     "LifecycleEvent",

@@ -9,6 +9,7 @@ the training loop runs at full speed.
 import copy
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -16,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.kasmina import MorphableModel
+from esper.kasmina import SeedLifecycleState
 from esper.kasmina.grafts import Graft
 from esper.tolaria.evaluation import Batch
 from esper.tolaria.evaluation import SampleLoss
+from esper.tolaria.randomness import forked
 
 
 def count_flops(run: Callable[[], object]) -> int:
@@ -44,7 +47,7 @@ class TrainingCost:
     def __init__(self, model: nn.Module, loss: SampleLoss, batches: Iterable[Batch]) -> None:
         self._model = model
         self._loss = loss
-        with torch.random.fork_rng():
+        with forked():
             example = next(iter(batches), None)
         if example is None:
             raise ValueError("batches has 0 batches, but one is needed to measure the cost")
@@ -83,6 +86,15 @@ class TrainingCost:
         """Operations of one training forward and backward for one sample, as the model stands."""
         return self._per_sample()[1]
 
+    @property
+    def spent(self) -> dict[str, float]:
+        """Operations by category, unrounded; ``resume`` takes them."""
+        return dict(self._spent)
+
+    def resume(self, spent: Mapping[str, float]) -> None:
+        """Goes on from what a run has spent."""
+        self._spent.update(spent)
+
     def close(self) -> None:
         """Stops counting."""
         self._hook.remove()
@@ -102,7 +114,12 @@ class TrainingCost:
     def _measure(self) -> tuple[float, float]:
         """Returns (forward, training step) operations per sample, measured on a copy."""
         twin = copy.deepcopy(self._model)
-        with torch.random.fork_rng():
+        if isinstance(twin, MorphableModel):
+            for slot, seed in twin.occupied_seeds():
+                # The first and last step of a ramp cost less; whichever is measured stands for all.
+                if twin.seed_state(slot, seed) is SeedLifecycleState.GRAFTING:
+                    twin.set_seed_alpha(slot, seed, 0.5)
+        with forked():
             twin.eval()
             with torch.no_grad():
                 num_samples = len(self._loss(twin, self._example))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch import nn
 
 from esper.kasmina.modes import evaluating
+from esper.tolaria.randomness import forked
 
 Batch = object
 SampleLoss = Callable[[nn.Module, Batch], Tensor]
@@ -24,7 +25,7 @@ SampleLoss = Callable[[nn.Module, Batch], Tensor]
 def sample_losses(model: nn.Module, batches: Iterable[Batch], loss: SampleLoss) -> Tensor:
     """Returns the loss of every held-out sample, without a trace in the model.
 
-    Runs in eval mode without gradients; training mode and the global random state (which a
+    Runs in eval mode without gradients; training mode and the global random states (which a
     DataLoader draws from even when it does not shuffle) are restored.
 
     Args:
@@ -39,7 +40,7 @@ def sample_losses(model: nn.Module, batches: Iterable[Batch], loss: SampleLoss) 
         ValueError: If ``loss`` does not return one loss per sample, or there is no sample.
     """
     losses: list[Tensor] = []
-    with torch.random.fork_rng(), evaluating(model):
+    with forked(), evaluating(model):
         for batch in batches:
             values = loss(model, batch)
             if values.dim() != 1:

@@ -12,11 +12,15 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.optim import LBFGS
 from torch.optim import Optimizer
+
+from esper.tolaria import optimizer_state
+from esper.tolaria.optimizer_state import OptimizerState
 
 
 def host_group_index(optimizer: Optimizer, host_parameters: Iterable[nn.Parameter]) -> int:
@@ -51,6 +55,19 @@ def check_supported(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         # Two axes: some optimizers take matrices only, and what they refuse is known per seed.
         _twin(optimizer, group, [nn.Parameter(torch.zeros(1, 1))])
+
+
+@dataclass(frozen=True, slots=True)
+class NewbornState:
+    """Where a newborn's optimizer is.
+
+    Attributes:
+        num_steps: Steps that it has taken.
+        optimizer: Its state.
+    """
+
+    num_steps: int
+    optimizer: OptimizerState
 
 
 class NewbornOptimizer:
@@ -108,6 +125,24 @@ class NewbornOptimizer:
         """Drops the gradients without a step."""
         for parameter in self._parameters:
             parameter.grad = None
+
+    def state(self, names: Mapping[nn.Parameter, str]) -> NewbornState:
+        """Returns the optimizer's state; the tensors are its own.
+
+        Args:
+            names: Names of the model's parameters.
+        """
+        return NewbornState(self._num_steps, optimizer_state.capture(self._optimizer, names))
+
+    def resume(self, state: NewbornState, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Goes on from where the optimizer of the same seed was.
+
+        Args:
+            state: What ``state`` returned there.
+            parameters: The model's parameters by name.
+        """
+        self._num_steps = state.num_steps
+        optimizer_state.restore(self._optimizer, state.optimizer, parameters)
 
     def graduate(self) -> None:
         """Moves parameters and their state into the user's group; this object is then done."""

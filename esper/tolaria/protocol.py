@@ -7,9 +7,11 @@ a plane that dies in the middle of a graft changes no live seed.
 
 import math
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch import nn
 from torch.optim import Optimizer
 
 from esper.common.v1 import kernel_pb2
@@ -21,6 +23,7 @@ from esper.kasmina import Transition
 from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria.evaluation import Trial
 from esper.tolaria.optimizers import NewbornOptimizer
+from esper.tolaria.optimizers import NewbornState
 from esper.tolaria.optimizers import host_group_index
 
 State = SeedLifecycleState
@@ -58,6 +61,29 @@ class LiveGraft:
     def key(self) -> SeedKey:
         """Slot and seed."""
         return self.slot, self.seed
+
+
+@dataclass(frozen=True, slots=True)
+class LiveGraftState:
+    """A live graft as data, its kernel and weights apart: the model holds them.
+
+    Attributes:
+        slot: Name of the slot.
+        seed: Index of the seed in the slot.
+        kernel_name: Resource name of the kernel.
+        plan: The plan, serialized.
+        stage_steps: Optimizer steps since the last lifecycle move.
+        trial: Outcome of the held-out trial, once there was one.
+        optimizer: Its optimizer; None for a kernel without parameters.
+    """
+
+    slot: str
+    seed: int
+    kernel_name: str
+    plan: bytes
+    stage_steps: int
+    trial: Trial | None
+    optimizer: NewbornState | None
 
 
 def complete_plan(
@@ -178,6 +204,54 @@ class GraftProtocol:
             warmup_steps=self._config.warmup_steps,
             names=[names[id(parameter)] for parameter in parameters],
         )
+
+    def state(self, names: Mapping[nn.Parameter, str]) -> list[LiveGraftState]:
+        """Returns the live grafts, oldest first; the tensors are their own.
+
+        Args:
+            names: Names of the model's parameters.
+        """
+        return [
+            LiveGraftState(
+                graft.slot,
+                graft.seed,
+                graft.kernel_name,
+                graft.plan.SerializeToString(),
+                graft.stage_steps,
+                graft.trial,
+                None if graft.optimizer is None else graft.optimizer.state(names),
+            )
+            for graft in self.live.values()
+        ]
+
+    def resume(
+        self, states: Sequence[LiveGraftState], parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Takes over the live grafts of a model whose seeds have been restored.
+
+        Args:
+            states: What ``state`` returned.
+            parameters: The model's parameters by name.
+        """
+        self.live.clear()
+        for state in states:
+            kernel = self._model.kernel_of(state.slot, state.seed)
+            assert kernel is not None, "a live graft's seed holds its kernel"
+            plan = controller_pb2.GraftPlan.FromString(state.plan)
+            optimizer = self._newborn_optimizer(state.slot, state.seed, plan)
+            if optimizer is not None and state.optimizer is not None:
+                optimizer.resume(state.optimizer, parameters)
+            graft = LiveGraft(
+                state.slot,
+                state.seed,
+                state.kernel_name,
+                kernel,
+                plan,
+                optimizer,
+                state.stage_steps,
+                state.trial,
+            )
+            self.live[graft.key] = graft
 
     def on_step(self) -> None:
         """Moves every live seed by one optimizer step. Call it right after the host's step."""

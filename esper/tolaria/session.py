@@ -22,6 +22,8 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Collection
+from collections.abc import Mapping
+from os import PathLike
 from types import TracebackType
 from typing import Literal
 
@@ -36,6 +38,9 @@ from esper.kasmina import SeedLifecycleState
 from esper.kasmina import Transition
 from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria import recipe
+from esper.tolaria.checkpoint import Checkpoint
+from esper.tolaria.checkpoint import read_checkpoint
+from esper.tolaria.checkpoint import write_checkpoint
 from esper.tolaria.cost import TrainingCost
 from esper.tolaria.decisions import Decisions
 from esper.tolaria.decisions import action_name
@@ -56,6 +61,10 @@ from esper.tolaria.link import check_plane
 from esper.tolaria.optimizers import check_supported
 from esper.tolaria.protocol import GraftProtocol
 from esper.tolaria.protocol import LiveGraft
+from esper.tolaria.state import AdviceState
+from esper.tolaria.state import RunRecord
+from esper.tolaria.state import Stateful
+from esper.tolaria.state import TrainingParts
 from esper.urza.v1 import library_pb2
 
 _log = logging.getLogger("esper")
@@ -86,6 +95,11 @@ class Session:
             answer to every observation, so that equal runs are equal to the bit, and for a plane
             that is away to come back.
         config: Everything else; ``None`` means the defaults.
+        stateful: What else the training consists of, by name: schedulers, a GradScaler, samplers,
+            averaged models; anything with ``state_dict`` and ``load_state_dict``. It is saved and
+            resumed with the session.
+        resume: A checkpoint to go on from; model, optimizer and ``stateful`` must be made as they
+            were for the run that wrote it. The loop then starts at ``session.epoch``.
 
     Attributes:
         run: Id of the run; Urza keeps its history, hash-chained, as ``runs/{run}``.
@@ -108,6 +122,8 @@ class Session:
         plane: Address | None = None,
         mode: Mode = "async",
         config: EsperConfig | None = None,
+        stateful: Mapping[str, Stateful] | None = None,
+        resume: str | PathLike[str] | Checkpoint | None = None,
     ) -> None:
         if not isinstance(model, MorphableModel):
             raise ValueError(
@@ -124,6 +140,8 @@ class Session:
         self._config = config if config is not None else EsperConfig()
         check_plane(plane)
         check_candidates(self._config.candidates)
+        if resume is not None and not isinstance(resume, Checkpoint):
+            resume = read_checkpoint(resume)
         self._model = model
         self._epochs = epochs
         self._held_out = held_out
@@ -136,12 +154,16 @@ class Session:
         self._num_trials = 0
         self._outcomes: list[controller_pb2.TrialOutcome] = []  # since the last observation
         self._closed = False
-        self.run = uuid.uuid4().hex
+        self.run = uuid.uuid4().hex if resume is None else resume.record.run
         self.history = History()
         self.cost = TrainingCost(model, loss, held_out)
         model.telemetry_interval = self._config.telemetry_interval
         model.observers.append(self._on_transition)
         self._protocol = GraftProtocol(model, optimizer, self._config.graft)
+        self._parts = TrainingParts(model, [optimizer], self._protocol, stateful or {})
+        self._taken: list[AdviceState] = []
+        if resume is not None:
+            self._go_on_from(resume)
         self._decisions = Decisions(model, self._protocol, self.cost, self._config)
         self._step_hook = optimizer.register_step_post_hook(self._on_step)
         self._link = PlaneLink(
@@ -149,7 +171,10 @@ class Session:
             self._config.candidates,
             self.run,
             patience_s=self._config.lockstep_timeout_s if mode == "lockstep" else 0.0,
+            state=None if resume is None else resume.record.link_state(),
         )
+        if resume is not None:  # the plane may be another one, with an empty library
+            self._link.compile(self._signatures())
         self._warn_of_strangers()
 
     def __enter__(self) -> "Session":
@@ -169,6 +194,11 @@ class Session:
     def epoch(self) -> int:
         """The epoch that is running, from 0."""
         return self._epoch
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far."""
+        return self._step
 
     @property
     def plane_failure(self) -> str | None:
@@ -219,6 +249,23 @@ class Session:
         self._epoch_first_step = self._step
         return record
 
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes a checkpoint from which ``resume`` goes on; call it between two steps.
+
+        In ``lockstep`` mode a run that goes on from it ends as it would have ended, to the bit.
+
+        Args:
+            path: The folder to write; a checkpoint of that name is replaced.
+
+        Raises:
+            ValueError: If the session is closed, something in ``stateful`` is no data, or the
+                folder cannot be written.
+        """
+        if self._closed:
+            raise ValueError("the session is closed, but save needs an open one")
+        training = self._parts.capture(self._epoch, self._step, self._epoch_first_step)
+        write_checkpoint(path, self._model, training, self._record())
+
     def close(self) -> None:
         """Ends the session: hooks off, what is left is sent, an embedded plane stops."""
         if self._closed:
@@ -232,6 +279,38 @@ class Session:
             last_first.callback(self._step_hook.remove)
             self._protocol.finish()
 
+    def _record(self) -> RunRecord:
+        link = self._link.state()
+        return RunRecord(
+            run=self.run,
+            num_trials=self._num_trials,
+            events=self.history.events,
+            epochs=self.history.epochs,
+            refusals=self.history.refusals,
+            spent=self.cost.spent,
+            decisions=self._taken,
+            memory=link.memory,
+            pending=[AdviceState.of(advice, self._epoch) for advice in link.pending],
+            told=list(link.records),
+        )
+
+    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+        training, record = checkpoint.training, checkpoint.record
+        try:
+            checkpoint.load_model(self._model)
+            self._parts.restore(training)
+        except BaseException:
+            self.cost.close()
+            self._protocol.close()
+            self._model.observers.remove(self._on_transition)
+            raise
+        self._epoch, self._step = training.epoch, training.step
+        self._epoch_first_step = training.epoch_first_step
+        self._num_trials = record.num_trials
+        self._taken = list(record.decisions)
+        self.cost.resume(record.spent)
+        self.history = History(list(record.events), list(record.epochs), list(record.refusals))
+
     def _close_link(self) -> None:
         self._link.close()
         self.history.plane_failure = self._link.failure
@@ -242,6 +321,7 @@ class Session:
             f"{slot}[{seed}] {model.seed_state(slot, seed).name}"
             for slot, seed in model.occupied_seeds()
             if model.seed_state(slot, seed) is not State.FOSSILIZED
+            and (slot, seed) not in self._protocol.live
         ]
         if strangers:
             _log.warning(
@@ -370,6 +450,7 @@ class Session:
             advice = self._link.take()
         if apply:
             for item in sorted(advice, key=lambda item: -item.decision.urgency):
+                self._taken.append(AdviceState.of(item, self._epoch))
                 self._apply(item)
 
     def _signatures(self) -> list[kernel_pb2.KernelSignature]:

@@ -3,20 +3,44 @@
 from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
+from itertools import islice
+from typing import cast
 
 from torch import nn
 from torch.optim import Optimizer
 
 from esper.config import EsperConfig
 from esper.kasmina import MorphableModel
+from esper.tolaria import randomness
+from esper.tolaria.checkpoint import Checkpoints
 from esper.tolaria.evaluation import Batch
 from esper.tolaria.evaluation import SampleLoss
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import History
 from esper.tolaria.link import Address
+from esper.tolaria.randomness import RandomState
 from esper.tolaria.session import Mode
 from esper.tolaria.session import Session
+from esper.tolaria.state import Stateful
+
+
+def train_step(
+    model: nn.Module, optimizer: Optimizer, batch: Batch, loss: SampleLoss
+) -> tuple[float, int]:
+    """Takes one optimizer step on a batch's mean loss.
+
+    Returns:
+        Sum of the samples' losses before the step, and their number.
+    """
+    losses = loss(model, batch)
+    optimizer.zero_grad(set_to_none=True)
+    losses.mean().backward()
+    optimizer.step()
+    return float(losses.detach().sum()), len(losses)
 
 
 def train_epoch(
@@ -37,17 +61,63 @@ def train_epoch(
         ValueError: If there is no batch.
     """
     model.train()
-    total, num_samples = 0.0, 0
+    position = _Position()
     for batch in batches:
-        losses = loss(model, batch)
-        optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()
-        optimizer.step()
-        total += float(losses.detach().sum())
-        num_samples += len(losses)
-    if num_samples == 0:
-        raise ValueError("train has 0 samples, but an epoch needs at least 1")
-    return total / num_samples
+        position.add(*train_step(model, optimizer, batch, loss))
+    return position.mean_loss()
+
+
+class _Position:
+    """Where in an epoch the loop is, and what the epoch's loss is so far.
+
+    Batches are not numbered by the data but by the loop: it goes on by drawing the epoch's batches
+    anew, from the random state that the epoch began with, and skipping those that it has seen.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.num_batches = 0
+        self._total, self._num_samples = 0.0, 0
+        self._random: RandomState | None = None  # when the epoch began; None before
+
+    def add(self, total: float, num_samples: int) -> None:
+        self.num_batches += 1
+        self._total += total
+        self._num_samples += num_samples
+
+    def mean_loss(self) -> float:
+        if self._num_samples == 0:
+            raise ValueError("train has 0 samples, but an epoch needs at least 1")
+        return self._total / self._num_samples
+
+    def rest_of(self, batches: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
+        """Yields the batches of the epoch that are left."""
+        if self._random is None:
+            self._random = randomness.capture()
+            return iter(batches())
+        now = randomness.capture()
+        randomness.restore(self._random)
+        rest = iter(batches())
+        next(islice(rest, self.num_batches - 1, self.num_batches), None)
+        randomness.restore(now)
+        return rest
+
+    def state_dict(self) -> dict[str, object]:
+        return {
+            "num_batches": self.num_batches,
+            "total": self._total,
+            "num_samples": self._num_samples,
+            "random": None if self._random is None else asdict(self._random),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        self.num_batches = cast(int, state_dict["num_batches"])
+        self._total = cast(float, state_dict["total"])
+        self._num_samples = cast(int, state_dict["num_samples"])
+        random = cast(dict[str, object] | None, state_dict["random"])
+        self._random = None if random is None else RandomState(**random)  # type: ignore[arg-type]
 
 
 class Trainer:
@@ -64,7 +134,16 @@ class Trainer:
         plane: Address of a plane, or ``None`` to start an embedded one.
         mode: ``async`` or ``lockstep``, see ``Session``.
         config: Growth configuration; ``None`` means the defaults.
-        on_epoch: Called with every epoch's record, for progress bars and logs.
+        on_epoch: Called with every epoch's record, for schedulers, progress bars and logs.
+        stateful: What else the training consists of, see ``Session``; not the data's position,
+            which the trainer keeps itself.
+        checkpoints: Where a checkpoint is written at the end of every epoch.
+        save_every_steps: Every how many optimizer steps a checkpoint is written besides.
+        resume: Whether to go on from the newest sound checkpoint, if there is one. The batches of
+            an epoch must then follow from its number and the global random state alone.
+
+    Raises:
+        ValueError: If checkpoints are asked for without a place for them.
     """
 
     def __init__(
@@ -80,13 +159,25 @@ class Trainer:
         mode: Mode = "async",
         config: EsperConfig | None = None,
         on_epoch: Callable[[EpochRecord], None] | None = None,
+        stateful: Mapping[str, Stateful] | None = None,
+        checkpoints: Checkpoints | None = None,
+        save_every_steps: int | None = None,
+        resume: bool = False,
     ) -> None:
+        if checkpoints is None and (resume or save_every_steps is not None):
+            raise ValueError("checkpoints is None, but resume and save_every_steps need a place")
+        if save_every_steps is not None and save_every_steps < 1:
+            raise ValueError(f"save_every_steps is {save_every_steps}, but it must be at least 1")
         self.model = model
         self.optimizer = optimizer
         self._train = train
         self._loss = loss
         self._epochs = epochs
         self._on_epoch = on_epoch
+        self._checkpoints = checkpoints
+        self._save_every_steps = save_every_steps
+        self._resume = resume
+        self._position = _Position()
         self._open_session = partial(
             Session,
             model,
@@ -97,6 +188,7 @@ class Trainer:
             plane=plane,
             mode=mode,
             config=config,
+            stateful={**(stateful or {}), "position": self._position},
         )
 
     def fit(self) -> History:
@@ -108,11 +200,30 @@ class Trainer:
         Raises:
             ValueError: If an argument breaks its rule, see ``Session``; nothing was trained then.
         """
-        with self._open_session() as session:
-            for epoch in range(self._epochs):
-                batches = self._train(epoch) if callable(self._train) else self._train
-                train_loss = train_epoch(self.model, self.optimizer, batches, self._loss)
+        resume = self._checkpoints.latest() if self._checkpoints and self._resume else None
+        with self._open_session(resume=resume) as session:
+            for epoch in range(session.epoch, self._epochs):
+                train_loss = self._train_epoch(session, epoch)
                 record = session.epoch_end(train_loss=train_loss)
+                self._position.reset()
                 if self._on_epoch is not None:
                     self._on_epoch(record)
+                self._save(session)
         return session.history
+
+    def _train_epoch(self, session: Session, epoch: int) -> float:
+        self.model.train()
+        position = self._position
+        for batch in position.rest_of(lambda: self._batches(epoch)):
+            position.add(*train_step(self.model, self.optimizer, batch, self._loss))
+            if self._save_every_steps and session.step % self._save_every_steps == 0:
+                self._save(session)
+        return position.mean_loss()
+
+    def _batches(self, epoch: int) -> Iterable[Batch]:
+        return self._train(epoch) if callable(self._train) else self._train
+
+    def _save(self, session: Session) -> None:
+        if self._checkpoints is not None:
+            session.save(self._checkpoints.path(session.step))
+            self._checkpoints.prune()

@@ -1,0 +1,287 @@
+"""Checkpoints: folders from which a run goes on as if it had never stopped.
+
+    step-0000000345/
+      model/              the grown model, a model folder like any other (`esper.load` reads it)
+      state.safetensors   tensors of optimizers, telemetry and random generators
+      state.json          everything else
+      checkpoint.json     what it is, and the digests of all of it
+
+A folder appears whole or not at all, and nothing in it is code. A folder that was torn or altered
+is refused before anything of it is used.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from esper.artifacts import ModelFolderError
+from esper.artifacts import load_into
+from esper.artifacts import read_architecture
+from esper.artifacts import save
+from esper.artifacts.fields import Json
+from esper.artifacts.fields import parse
+from esper.artifacts.folder import ARCHITECTURE_FILE
+from esper.artifacts.folder import FileDigest
+from esper.artifacts.folder import check_file
+from esper.artifacts.folder import file_digest
+from esper.artifacts.folder import write_folder
+from esper.kasmina import MorphableModel
+from esper.tolaria.packing import Packed
+from esper.tolaria.packing import PackingError
+from esper.tolaria.packing import kept
+from esper.tolaria.packing import pack
+from esper.tolaria.packing import unpack
+from esper.tolaria.state import RunRecord
+from esper.tolaria.state import TrainingState
+
+_log = logging.getLogger("esper")
+
+MANIFEST_FILE = "checkpoint.json"
+STATE_FILE = "state.json"
+TENSORS_FILE = "state.safetensors"
+MODEL_FOLDER = "model"
+FORMAT = "esper-checkpoint"
+FORMAT_VERSION = 1
+_SEALED = (STATE_FILE, TENSORS_FILE, f"{MODEL_FOLDER}/{ARCHITECTURE_FILE}")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that has been read and found sound, the model's weights apart.
+
+    Attributes:
+        path: Its folder.
+        training: What the next step follows from.
+        record: What the run has come to know.
+    """
+
+    path: Path
+    training: TrainingState
+    record: RunRecord
+
+    def load_model(self, model: MorphableModel) -> None:
+        """Gives a wrapped model the weights and seeds of the checkpoint.
+
+        Raises:
+            ModelFolderError: If they do not fit; the model is as it was.
+        """
+        load_into(self.path / MODEL_FOLDER, model)
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    training: TrainingState
+    record: RunRecord
+
+
+def write_checkpoint(
+    path: str | PathLike[str], model: MorphableModel, training: TrainingState, record: RunRecord
+) -> None:
+    """Writes a checkpoint; one of that name is replaced.
+
+    Args:
+        path: The folder to write.
+        model: The model between two steps.
+        training: Its training state.
+        record: Its run's record.
+
+    Raises:
+        PackingError: If a state holds something other than data.
+        ModelFolderError: If the folder cannot be written.
+    """
+    packed = pack(_Whole(training, record), "state")
+    losses = [epoch.held_out_loss for epoch in record.epochs[-1:]]
+
+    def fill(folder: Path) -> None:
+        save(model, folder / MODEL_FOLDER, history=record.events)
+        tensors = {name: kept(tensor).contiguous() for name, tensor in packed.tensors.items()}
+        safetensors.torch.save_file(tensors, folder / TENSORS_FILE)
+        (folder / STATE_FILE).write_text(json.dumps(packed.document, allow_nan=False))
+        shutil.copymode(folder / STATE_FILE, folder / TENSORS_FILE)
+        body: dict[str, Json] = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "run": record.run,
+            "epoch": training.epoch,
+            "step": training.step,
+            "held_out_loss": losses[0] if losses and math.isfinite(losses[0]) else None,
+            "files": {name: _digest(folder / name) for name in _SEALED},
+        }
+        manifest = {**body, "sha256": _body_digest(body)}
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+
+    write_folder(Path(path), fill, mark=MANIFEST_FILE)
+
+
+def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
+    """Returns a checkpoint, all of it checked but the model's weights.
+
+    Raises:
+        ModelFolderError: If it is none, of another format version, torn or altered.
+    """
+    folder = Path(path)
+    _read_manifest(folder, check=True)
+    try:
+        tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
+        document = json.loads((folder / STATE_FILE).read_bytes())
+        whole = unpack(_Whole, Packed(document, tensors), "state")
+    except (PackingError, safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise ModelFolderError(str(folder), "unreadable", f"its state must be ({error})") from error
+    return Checkpoint(folder, whole.training, whole.record)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        run: Id of the run.
+        epoch: The epoch that was running.
+        step: Optimizer steps taken.
+        held_out_loss: Held-out loss at the end of the epoch before; None where there was none.
+    """
+
+    run: str
+    epoch: int
+    step: int
+    held_out_loss: float | None
+
+
+def read_manifest(path: str | PathLike[str]) -> Manifest:
+    """Returns what a checkpoint says of itself; its other files are not looked at.
+
+    Raises:
+        ModelFolderError: If it is none, or the manifest is torn or altered.
+    """
+    return _read_manifest(Path(path), check=False)
+
+
+def _read_manifest(folder: Path, *, check: bool) -> Manifest:
+    file = folder / MANIFEST_FILE
+    if not file.is_file():
+        raise ModelFolderError("path", str(folder), f"it is no checkpoint: it has no {file.name}")
+    data = file.read_bytes()
+    root = parse(data, MANIFEST_FILE)
+    if (name := root.text("format")) != FORMAT:
+        raise ModelFolderError(f"{MANIFEST_FILE}.format", name, f"it must be {FORMAT!r}")
+    if (version := root.count("format_version")) != FORMAT_VERSION:
+        raise ModelFolderError(
+            f"{MANIFEST_FILE}.format_version", version, f"this Esper reads {FORMAT_VERSION}"
+        )
+    digest = root.text("sha256")
+    body = {key: value for key, value in json.loads(data).items() if key != "sha256"}
+    if digest != _body_digest(body):
+        raise ModelFolderError(f"{MANIFEST_FILE}.sha256", digest, "it is torn or was altered")
+    loss = root.take("held_out_loss")
+    manifest = Manifest(
+        root.text("run"),
+        root.count("epoch"),
+        root.count("step"),
+        float(loss) if isinstance(loss, int | float) else None,
+    )
+    files = root.fields("files")
+    for name in _SEALED:
+        entry = files.fields(name)
+        expected = FileDigest(entry.text("sha256"), entry.count("size_bytes"))
+        if check:
+            check_file(folder / name, expected)
+    return manifest
+
+
+def _digest(path: Path) -> Json:
+    digest = file_digest(path)
+    return {"sha256": digest.sha256, "size_bytes": digest.size_bytes}
+
+
+def _body_digest(body: object) -> str:
+    return hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of a run in one folder, the oldest of which make room.
+
+    Args:
+        folder: Where they are; made with the first.
+        keep_last: How many of the newest to keep; at least 1.
+        keep_best: Whether to keep the one with the lowest held-out loss besides.
+
+    Raises:
+        ValueError: If ``keep_last`` is below 1.
+    """
+
+    def __init__(
+        self, folder: str | PathLike[str], *, keep_last: int = 3, keep_best: bool = True
+    ) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last}, but at least 1 checkpoint is kept")
+        self.folder = Path(folder)
+        self._keep_last = keep_last
+        self._keep_best = keep_best
+
+    def path(self, step: int) -> Path:
+        """Returns where the checkpoint of a step stands."""
+        return self.folder / f"step-{step:010d}"
+
+    def paths(self) -> list[Path]:
+        """Returns the checkpoints that are there, newest first, sound or not."""
+        return sorted((p for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
+
+    def latest(self) -> Checkpoint | None:
+        """Returns the newest sound checkpoint, with a warning for each that is not.
+
+        None where there is none.
+        """
+        for path in self.paths():
+            try:
+                checkpoint = read_checkpoint(path)
+                _check_model(path)
+            except ModelFolderError as error:
+                _log.warning("esper: checkpoint %s is not used: %s", path, error)
+            else:
+                return checkpoint
+        return None
+
+    def prune(self) -> None:
+        """Removes what is kept neither for its age nor for its loss, and what was torn off."""
+        keep = set(self.paths()[: self._keep_last])
+        if self._keep_best:
+            keep |= set(_best(self.paths()))
+        for path in self.paths():
+            if path not in keep:
+                (path / MANIFEST_FILE).unlink(missing_ok=True)  # from here on it is none
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob(".step-*"):  # of a writer that was killed
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_model(path: Path) -> None:
+    architecture = read_architecture(path / MODEL_FOLDER)
+    check_file(path / MODEL_FOLDER / "weights.safetensors", architecture.weights)
+    check_file(path / MODEL_FOLDER / "growth_history.jsonl", architecture.history)
+
+
+def _best(paths: Iterable[Path]) -> list[Path]:
+    losses: list[tuple[float, Path]] = []
+    for path in paths:
+        try:
+            loss = read_manifest(path).held_out_loss
+        except ModelFolderError:
+            continue
+        if loss is not None:
+            losses.append((loss, path))
+    return [min(losses)[1]] if losses else []
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    """Returns the memory that tensors take, in bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
