@@ -100,7 +100,7 @@ def write_checkpoint(
         ModelFolderError: If the folder cannot be written.
     """
     packed = pack(_Whole(training, record), "state")
-    losses = [epoch.held_out_loss for epoch in record.epochs[-1:]]
+    loss = record.epochs[-1].held_out_loss if record.epochs else None
 
     def fill(folder: Path) -> None:
         save(model, folder / MODEL_FOLDER, history=record.events)
@@ -114,7 +114,7 @@ def write_checkpoint(
             "run": record.run,
             "epoch": training.epoch,
             "step": training.step,
-            "held_out_loss": losses[0] if losses and math.isfinite(losses[0]) else None,
+            "held_out_loss": loss if loss is not None and math.isfinite(loss) else None,
             "files": {name: _digest(folder / name) for name in _SEALED},
         }
         manifest = {**body, "sha256": _body_digest(body)}

@@ -166,7 +166,7 @@ def test_killing_the_plane_changes_nothing_but_the_growth(
 
         with caplog.at_level(logging.WARNING, logger="esper"):
             model, _, session = _grow(
-                embedded.address, between=kill, config=replace(QUICK, lockstep_timeout_s=1.0)
+                embedded.address, between=kill, config=replace(QUICK, lockstep_timeout_s=10.0)
             )
     events = session.history.events
     assert [event.epoch for event in events if event.after == "GERMINATED"] == [1]
