@@ -79,7 +79,7 @@ class Postings:
             conditions: At least one; each is met by the records of any of its lists.
             start: Position to begin at: figure and key; empty for the first.
         """
-        budget = _Budget(MAX_SEEKS)
+        budget = Budget(MAX_SEEKS)
         unions = [
             _Union([_List(row.cursor(db=self._table), order + name, budget) for name in names])
             for names in conditions
@@ -92,11 +92,12 @@ class Search:
 
     Attributes:
         next_start: Where a later search goes on; None once the lists have ended.
+        budget: What it may still read.
     """
 
-    def __init__(self, unions: "list[_Union]", start: bytes, budget: "_Budget") -> None:
+    def __init__(self, unions: "list[_Union]", start: bytes, budget: "Budget") -> None:
         self._unions = unions
-        self._budget = budget
+        self.budget = budget
         self.next_start: bytes | None = start
 
     def __iter__(self) -> Iterator[bytes]:
@@ -113,14 +114,16 @@ class Search:
                     wanted = found
                     if agreed == len(self._unions):
                         break
-                if self._budget.left <= 0 and agreed < len(self._unions):
+                if self.budget.left <= 0 and agreed < len(self._unions):
                     self.next_start = wanted
                     return
             self.next_start = wanted + b"\0"
             yield wanted
 
 
-class _Budget:
+class Budget:
+    """The number of rows that a search may still read."""
+
     def __init__(self, left: int) -> None:
         self.left = left
 
@@ -128,7 +131,7 @@ class _Budget:
 class _List:
     """One list, read forwards."""
 
-    def __init__(self, cursor: "lmdb.Cursor[bytes]", prefix: bytes, budget: _Budget) -> None:
+    def __init__(self, cursor: "lmdb.Cursor[bytes]", prefix: bytes, budget: Budget) -> None:
         self._cursor = cursor
         self._prefix = prefix
         self._budget = budget
