@@ -1,5 +1,6 @@
 """Client of Oona for asyncio: the calls of `esper.oona.client`, under the same names."""
 
+import uuid
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -15,6 +16,13 @@ from esper.oona.v1 import event_pb2_grpc
 
 AsyncSubscription: TypeAlias = AsyncFollowing[event_pb2.SubscribeResponse, event_pb2.Event]
 """The events of one topic, in order, without end."""
+
+AsyncGroupSubscription: TypeAlias = AsyncFollowing[
+    event_pb2.SubscribeResponse, event_pb2.SubscribeResponse
+]
+"""What one member of a consumer group is given, without end."""
+
+PAGE_SIZE = 200
 
 
 class AsyncOonaClient:
@@ -72,8 +80,52 @@ class AsyncOonaClient:
             await call.initial_metadata()  # comes once the server has noted the position
         return AsyncSubscription(call, lambda response: response.event)
 
-    async def list_topics(self) -> list[event_pb2.Topic]:
-        """Returns every topic with its extent, by name."""
+    async def subscribe_group(
+        self,
+        topic: str,
+        group: str,
+        start_offset: int | None = None,
+        visibility_timeout_s: float = 30.0,
+        max_in_flight: int = 64,
+    ) -> AsyncGroupSubscription:
+        """Returns the events of a topic that fall to this member of a consumer group."""
+        request = event_pb2.SubscribeRequest(
+            topic=topic,
+            start_offset=start_offset,
+            group=group,
+            visibility_timeout_s=visibility_timeout_s,
+            max_in_flight=max_in_flight,
+        )
+        call = self._events.Subscribe(request)
+        await call.initial_metadata()  # comes once the group's position is stored
+        return AsyncGroupSubscription(call, lambda response: response)
+
+    async def acknowledge(self, topic: str, group: str, offsets: Iterable[int]) -> int:
+        """Marks events as done for a group and returns how many were not before, once durable."""
+        request = event_pb2.AcknowledgeRequest(topic=topic, group=group, offsets=offsets)
         with readable_errors():
-            request = event_pb2.ListTopicsRequest()
-            return list((await self._events.ListTopics(request, timeout=CALL_TIMEOUT_S)).topics)
+            answer = await self._events.Acknowledge(request, timeout=CALL_TIMEOUT_S)
+        return answer.num_acknowledged
+
+    async def set_retention(
+        self, topic: str, max_age_s: float = 0.0, max_bytes: int = 0
+    ) -> event_pb2.Topic:
+        """Bounds what a topic keeps, and returns the topic."""
+        retention = event_pb2.Retention(max_age_s=max_age_s, max_bytes=max_bytes)
+        request = event_pb2.SetRetentionRequest(
+            topic=topic, retention=retention, request_id=str(uuid.uuid4())
+        )
+        with readable_errors():
+            return (await self._events.SetRetention(request, timeout=CALL_TIMEOUT_S)).topic
+
+    async def list_topics(self) -> list[event_pb2.Topic]:
+        """Returns every topic with its extent and its groups, by name."""
+        topics: list[event_pb2.Topic] = []
+        request = event_pb2.ListTopicsRequest(page_size=PAGE_SIZE)
+        while True:
+            with readable_errors():
+                page = await self._events.ListTopics(request, timeout=CALL_TIMEOUT_S)
+            topics += page.topics
+            if not page.next_page_token:
+                return topics
+            request.page_token = page.next_page_token

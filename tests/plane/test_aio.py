@@ -163,3 +163,19 @@ def test_events_are_followed(store_plane: Plane) -> None:
         assert topic in [found.name for found in await oona.list_topics()]
 
     in_loop(store_plane, work)
+
+
+def test_members_of_a_group_share_a_topic(store_plane: Plane) -> None:
+    topic = f"async.{os.urandom(4).hex()}"
+
+    async def work(urza: AsyncUrzaClient, oona: AsyncOonaClient) -> None:
+        await oona.publish_many(topic, [wrappers_pb2.Int32Value(value=n) for n in range(4)])
+        first = await oona.subscribe_group(topic, "readers", 0, max_in_flight=2)
+        second = await oona.subscribe_group(topic, "readers", 0, max_in_flight=2)
+        async with first, second:
+            got = [(await anext(member)).event.offset for member in (first, first, second, second)]
+        assert sorted(got) == [0, 1, 2, 3]
+        assert await oona.acknowledge(topic, "readers", got) == 4
+        assert (await oona.set_retention(topic, max_bytes=1 << 20)).name == topic
+
+    in_loop(store_plane, work)
