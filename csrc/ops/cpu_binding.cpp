@@ -12,6 +12,7 @@
 #include "kernels/cpu/slot.h"
 #include "ops/slot.h"
 #include "ops/spatial.h"
+#include "ops/views.h"
 
 namespace esper {
 namespace {
@@ -82,31 +83,97 @@ cpu::SlotJob<T> start_job(const SlotCall& call) {
   return job;
 }
 
+// The tensors of one call. Those that cannot be walked in place pass through tiles of a block of tokens.
+template <class T>
+class Passage {
+ public:
+  Passage(std::int64_t tokens, std::initializer_list<const Viewed*> tensors) : tokens_(tokens) {
+    std::int64_t widest = 1;
+    for (const auto* viewed : tensors) {
+      if (!viewed->defined() || viewed->direct(tokens)) continue;
+      staged_ = true;
+      widest = std::max(widest, viewed->tensor.size(-1));
+      elements_ += cpu::round_up(viewed->tensor.size(-1), 64 / std::int64_t{sizeof(T)});
+    }
+    // As many rows as the second level of cache holds well.
+    constexpr std::int64_t kTile = 1 << 16;
+    rows_ = std::clamp<std::int64_t>(kTile / widest / 16 * 16, 16, cpu::kBlock);
+    elements_ *= rows_;
+  }
+
+  // Elements of scratch memory for one worker.
+  std::int64_t elements() const { return elements_; }
+
+  // Calls body(tensors, first, last) for tokens [first, last): once, or for each block with its tiles filled
+  // before and emptied after it.
+  template <class Body>
+  void run(const Viewed& h, const Viewed& x, const Viewed& y, const Viewed& dy, const Viewed& dh,
+           const Viewed& dx, std::int64_t first, std::int64_t last, T* scratch, Body body) const {
+    const auto& kernels = cpu::slot_kernels<T>();
+    const auto step = staged_ ? rows_ : std::max<std::int64_t>(last - first, 1);
+    for (; first < last; first += step) {
+      const auto rows = std::min(step, last - first);
+      T* free = scratch;
+      // Where the block is, of a tensor that is read or written.
+      const auto place = [&](const Viewed& viewed, bool read) -> T* {
+        if (!viewed.defined()) return nullptr;
+        const auto width = viewed.tensor.size(-1);
+        if (viewed.direct(tokens_)) return static_cast<T*>(viewed.view.data) + first * width;
+        T* tile = free;
+        free += rows_ * cpu::round_up(width, 64 / std::int64_t{sizeof(T)});
+        if (read) kernels.gather(viewed.view, first, rows, width, tile);
+        return tile;
+      };
+      const auto finish = [&](const Viewed& viewed, const T* tile) {
+        if (!viewed.defined() || viewed.direct(tokens_)) return;
+        kernels.scatter(tile, rows, viewed.tensor.size(-1), first, viewed.view);
+      };
+      cpu::SlotTensors<T> tensors;
+      tensors.h = place(h, true);
+      tensors.x = place(x, true);
+      tensors.dy = place(dy, true);
+      tensors.y = place(y, false);
+      tensors.dh = place(dh, false);
+      tensors.dx = place(dx, false);
+      body(tensors, rows);
+      finish(y, tensors.y);
+      finish(dh, tensors.dh);
+      finish(dx, tensors.dx);
+    }
+  }
+
+ private:
+  std::int64_t tokens_, rows_ = cpu::kBlock, elements_ = 0;
+  bool staged_ = false;
+};
+
 template <class T>
 std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tensor& h,
                                            const std::optional<at::Tensor>& x, at::TensorList params,
                                            bool telemetry) {
   const auto seeds = static_cast<std::int64_t>(call.seeds.size());
-  const auto h_operand = as_operand(h, call.compute_type);
-  const auto x_operand = call.input_width > 0 ? as_operand(*x, call.compute_type) : at::Tensor();
-  auto y = at::empty(h.sizes(), h_operand.options());
+  const auto from = Viewed::input(h);
+  const auto input = call.input_width > 0 ? Viewed::input(*x) : Viewed();
+  const auto y = Viewed::output(h, in_planes(h));
   auto stats = at::empty({telemetry ? seeds : 0, kNumStats}, h.options().dtype(at::kDouble));
   const Operands<T> operands(call, params);
   auto job = start_job<T>(call);
   job.telemetry = telemetry;
-  job.h = h_operand.template const_data_ptr<T>();
-  job.x = x_operand.defined() ? x_operand.template const_data_ptr<T>() : nullptr;
-  job.y = y.template mutable_data_ptr<T>();
   cpu::pack(job, operands.tensors, false);
 
   const auto division = divide(call);
-  const auto stride = cpu::round_up(job.scratch, 64);
+  const Passage<T> passage(call.tokens, {&from, &input, &y});
+  const auto own = cpu::round_up(job.scratch, 64);
+  const auto stride = own + cpu::round_up(passage.elements(), 64);
   const auto scratch = aligned_memory<T>(stride * division.workers);
   std::vector<ChunkStats> partial(static_cast<std::size_t>(telemetry ? seeds * division.workers : 0));
   const auto& kernels = cpu::slot_kernels<T>();
   division.run([&](std::int64_t worker, std::int64_t first, std::int64_t last) {
-    kernels.forward(job, first, last, scratch.get() + worker * stride,
-                    telemetry ? partial.data() + worker * seeds : nullptr);
+    T* memory = scratch.get() + worker * stride;
+    passage.run(from, input, y, {}, {}, {}, first, last, memory + own, [&](const auto& tensors, auto rows) {
+      kernels.forward(job, tensors, 0, rows, memory,
+                      telemetry ? partial.data() + worker * seeds : nullptr);
+    });
   });
   if (telemetry) {
     auto* rows = reinterpret_cast<ChunkStats*>(stats.template mutable_data_ptr<double>());
@@ -117,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tenso
       }
     }
   }
-  return {y.to(h.scalar_type()), std::move(stats)};
+  return {y.tensor, std::move(stats)};
 }
 
 // Sum over the workers, in their order, of one gradient whose element (i, j) lies at i * row + j * column;
@@ -142,21 +209,17 @@ template <class T>
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
     const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
     const std::optional<at::Tensor>& x, at::TensorList params, at::IntArrayRef need) {
-  const auto dy_operand = as_operand(dy, call.compute_type);
-  const auto h_operand = call.reads_output ? as_operand(*h, call.compute_type) : at::Tensor();
-  const auto x_operand = call.input_width > 0 ? as_operand(*x, call.compute_type) : at::Tensor();
+  const auto grad = Viewed::input(dy);
+  const auto from = call.reads_output ? Viewed::input(*h) : Viewed();
+  const auto input = call.input_width > 0 ? Viewed::input(*x) : Viewed();
   const bool need_dh = need[kNeedHost] != 0;
-  const bool need_dx = need[kNeedInput] != 0 && x_operand.defined();
-  auto dh = at::empty(need_dh ? dy.sizes() : at::IntArrayRef{0}, dy_operand.options());
-  auto dx = at::empty(need_dx ? x->sizes() : at::IntArrayRef{0}, dy_operand.options());
+  const bool need_dx = need[kNeedInput] != 0 && input.defined();
+  const bool planes = in_planes(h.has_value() && h->defined() ? *h : dy);
+  const auto dh = need_dh ? Viewed::output(dy, planes) : Viewed();
+  const auto dx = need_dx ? Viewed::output(*x, planes && x->dim() >= 3) : Viewed();
 
   const Operands<T> operands(call, params);
   auto job = start_job<T>(call);
-  job.dy = dy_operand.template const_data_ptr<T>();
-  job.h = h_operand.defined() ? h_operand.template const_data_ptr<T>() : nullptr;
-  job.x = x_operand.defined() ? x_operand.template const_data_ptr<T>() : nullptr;
-  job.dh = need_dh ? dh.template mutable_data_ptr<T>() : nullptr;
-  job.dx = need_dx ? dx.template mutable_data_ptr<T>() : nullptr;
   for (std::size_t i = 0; i < call.seeds.size(); ++i) {
     auto& seed = job.seeds[i];
     if (is_spatial(seed.shape.family)) continue;
@@ -171,15 +234,20 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
   cpu::pack(job, operands.tensors, true);
 
   const auto division = divide(call);
-  const auto stride = cpu::round_up(job.scratch, 64);
+  const Passage<T> passage(call.tokens, {&from, &input, &grad, &dh, &dx});
+  const auto own = cpu::round_up(job.scratch, 64);
+  const auto stride = own + cpu::round_up(passage.elements(), 64);
   const auto scratch = aligned_memory<T>(stride * division.workers);
   const auto grad_stride = job.grads.empty() ? 0 : cpu::round_up(job.grads.back().end, 64);
   const auto accumulators = aligned_memory<T>(grad_stride * division.workers);
   const auto& kernels = cpu::slot_kernels<T>();
   division.run([&](std::int64_t worker, std::int64_t first, std::int64_t last) {
-    T* own = accumulators.get() + worker * grad_stride;
-    std::fill(own, own + grad_stride, T(0));
-    kernels.backward(job, first, last, scratch.get() + worker * stride, own);
+    T* accumulator = accumulators.get() + worker * grad_stride;
+    std::fill_n(accumulator, grad_stride, T(0));
+    T* memory = scratch.get() + worker * stride;
+    passage.run(from, input, {}, grad, dh, dx, first, last, memory + own, [&](const auto& tensors, auto rows) {
+      kernels.backward(job, tensors, 0, rows, memory, accumulator);
+    });
   });
 
   std::vector<at::Tensor> dparams(params.size());
@@ -206,7 +274,8 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
       }
     });
   }
-  return {dh.to(dy.scalar_type()), need_dx ? dx.to(x->scalar_type()) : dx, std::move(dparams)};
+  const auto absent = [&] { return at::empty({0}, dy.options()); };
+  return {need_dh ? dh.tensor : absent(), need_dx ? dx.tensor : absent(), std::move(dparams)};
 }
 
 std::tuple<at::Tensor, at::Tensor> slot_forward_cpu(const at::Tensor& h,

@@ -12,6 +12,7 @@
 #include "kernels/cpu/memory.h"
 #include "kernels/cpu/pack.h"
 #include "kernels/cpu/spatial.h"
+#include "ops/views.h"
 
 namespace esper {
 namespace {
@@ -48,11 +49,6 @@ struct Tensors {
   at::Tensor h, x, dy;  // read
   at::Tensor y, dh, dx; // written
 };
-
-// Whether a tensor's positions lie side by side and its features apart, as the output of a convolution has it.
-bool in_planes(const at::Tensor& tensor) {
-  return !tensor.is_contiguous() && tensor.dim() >= 3 && at::movedim(tensor, -1, 1).is_contiguous();
-}
 
 at::Tensor laid_out(const at::Tensor& tensor, at::ScalarType type, bool planes) {
   if (!planes) return as_operand(tensor, type);

@@ -134,8 +134,8 @@ def slot_forward(
         telemetry: Whether to measure the chunks.
 
     Returns:
-        y [..., D], contiguous, or laid out as a convolution's output where `h` is so and a seed is
-        spatial, and the statistics [seeds, len(_C.STATS_COLUMNS)] in float64, with
+        y [..., D], contiguous, or laid out as a convolution's output where `h` is so (on CUDA:
+        and a seed is spatial); and the statistics [seeds, len(_C.STATS_COLUMNS)] in float64, with
         no rows where `telemetry` is False.
 
     Raises:
@@ -184,6 +184,11 @@ def _in_planes(tensor: Tensor) -> bool:
     return tensor.movedim(-1, 1).is_contiguous()
 
 
+def _keeps_planes(host: Tensor, plan: Sequence[int]) -> bool:
+    """Whether results are laid out as the host; else they are contiguous."""
+    return _in_planes(host) and (host.device.type == "cpu" or _any_spatial(plan))
+
+
 def _empty(like: Tensor, planes: bool) -> Tensor:
     if not planes:
         return like.new_empty(like.shape)
@@ -199,7 +204,7 @@ def _fake_forward(
     telemetry: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = len(plan) // PLAN_WIDTH if telemetry else 0
-    y = _empty(h, planes=_any_spatial(plan) and _in_planes(h))
+    y = _empty(h, planes=_keeps_planes(h, plan))
     return y, h.new_empty((rows, NUM_STATS), dtype=torch.float64)
 
 
@@ -212,7 +217,7 @@ def _fake_backward(
     plan: Sequence[int],
     need: Sequence[int],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    planes = _any_spatial(plan) and _in_planes(dy if h is None else h)
+    planes = _keeps_planes(dy if h is None else h, plan)
     dh = _empty(dy, planes) if need[0] else dy.new_empty((0,))
     dx = dy.new_empty((0,)) if x is None or not need[1] else _empty(x, planes)
     dparams = [

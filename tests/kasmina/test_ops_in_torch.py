@@ -42,9 +42,9 @@ def test_every_instruction_set(name):
     if "but this CPU does not support it" in probe.stderr:
         pytest.skip(f"this CPU has no {name}")
     assert probe.stdout.strip() == name
-    numerics = str(Path(__file__).with_name("test_ops.py"))
+    numerics = [str(Path(__file__).with_name(f"test_{part}.py")) for part in ("ops", "ops_layouts")]
     result = with_capability(
-        name, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "not repeat", numerics
+        name, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "not repeat", *numerics
     )
     assert result.returncode == 0, result.stdout
 

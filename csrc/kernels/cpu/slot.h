@@ -47,37 +47,57 @@ struct Columns {
   std::int64_t begin, end;
 };
 
+// What a job reads and writes, of all its tokens or of some: rows of features.
+template <class T>
+struct SlotTensors {
+  const T* h = nullptr;   // [tokens, width]
+  const T* x = nullptr;   // [tokens, input_width]
+  T* y = nullptr;         // forward: [tokens, width]
+  const T* dy = nullptr;  // backward: [tokens, width]
+  T* dh = nullptr;        // backward: [tokens, width] or null
+  T* dx = nullptr;        // backward: [tokens, input_width] or null
+};
+
+// How the elements of a tensor are stored.
+enum class Element { kNative, kBFloat16, kHalf };
+
+// A tensor [tokens, features] as it lies in memory: token t at (t / inner) * outer + (t % inner) * token, and
+// feature f * feature elements further. Features lie side by side (feature = 1), or tokens do (token = 1).
+struct View {
+  Element element = Element::kNative;
+  void* data = nullptr;  // only read where the tensor is an input
+  std::int64_t inner = 1, outer = 0, token = 0, feature = 1;
+};
+
 template <class T>
 struct SlotJob {
   std::int64_t tokens = 0, width = 0, input_width = 0;
-  const T* h = nullptr;  // [tokens, width]
-  const T* x = nullptr;  // [tokens, input_width]
   std::vector<PackedSeed<T>> seeds;
   std::vector<GradLayout> grads;  // per seed; backward only
   std::vector<Columns> copied;    // columns of h (backward: of dy) that no seed writes to y (to dh)
   std::int64_t scratch = 0;       // elements that one worker needs
   bool telemetry = false;
-  T* y = nullptr;         // forward: [tokens, width]
-  const T* dy = nullptr;  // backward: [tokens, width]
-  T* dh = nullptr;        // backward: [tokens, width] or null
-  T* dx = nullptr;        // backward: [tokens, input_width] or null
   std::unique_ptr<T[], FreeMemory> arena;  // owns what was packed
 };
 
 template <class T>
 struct SlotKernels {
   std::int64_t lanes;
-  // Rows [first, last) of the job. `scratch` holds job.scratch elements aligned to 64 bytes; `stats` one
+  // Rows [first, last) of the tensors. `scratch` holds job.scratch elements aligned to 64 bytes; `stats` one
   // entry per seed, merged into where job.telemetry.
-  void (*forward)(const SlotJob<T>& job, std::int64_t first, std::int64_t last, T* scratch,
-                  ChunkStats* stats);
+  void (*forward)(const SlotJob<T>& job, const SlotTensors<T>& tensors, std::int64_t first,
+                  std::int64_t last, T* scratch, ChunkStats* stats);
   // Adds the parameters' gradients, not yet times alpha_bwd, to `accumulator` at job.grads.
-  void (*backward)(const SlotJob<T>& job, std::int64_t first, std::int64_t last, T* scratch,
-                   T* accumulator);
+  void (*backward)(const SlotJob<T>& job, const SlotTensors<T>& tensors, std::int64_t first,
+                   std::int64_t last, T* scratch, T* accumulator);
   // [rows, columns] with `stride` elements a row to [columns, to_stride], zeros beyond `rows`. `to_stride` is
   // a whole number of vectors.
   void (*transpose)(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t columns, T* to,
                     std::int64_t to_stride);
+  // Tokens [first, first + rows) of a tensor to a tile [rows, features], and back.
+  void (*gather)(const View& from, std::int64_t first, std::int64_t rows, std::int64_t features, T* tile);
+  void (*scatter)(const T* tile, std::int64_t rows, std::int64_t features, std::int64_t first,
+                  const View& to);
 };
 
 // The build for the instruction set in use.

@@ -1,0 +1,93 @@
+// Tensors of a slot call as the CPU kernels read and write them: in place wherever they lie in a layout that
+// the kernels know, whatever their floating-point type.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/movedim.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "kernels/cpu/slot.h"
+
+namespace esper {
+
+// The layout of a tensor [..., D]; none where neither features nor tokens lie side by side, or where the tokens
+// cannot be walked with two strides.
+inline std::optional<cpu::View> layout_of(const at::Tensor& tensor) {
+  struct Axis {
+    std::int64_t size, stride;
+  };
+  cpu::View view;
+  view.feature = tensor.size(-1) == 1 ? 1 : tensor.stride(-1);
+  Axis axes[2] = {};  // from the inside out
+  int used = 0;
+  for (auto dim = tensor.dim() - 2; dim >= 0; --dim) {
+    const Axis axis{tensor.size(dim), tensor.stride(dim)};
+    if (axis.size == 1) continue;
+    if (used > 0 && axis.stride == axes[used - 1].stride * axes[used - 1].size) {
+      axes[used - 1].size *= axis.size;
+    } else if (used == 2) {
+      return std::nullopt;
+    } else {
+      axes[used++] = axis;
+    }
+  }
+  view.inner = used > 0 ? axes[0].size : 1;
+  view.token = used > 0 ? axes[0].stride : 0;
+  view.outer = used > 1 ? axes[1].stride : 0;
+  // A single token has its features to walk and nothing else.
+  if (view.feature != 1 && (used == 0 || view.token != 1)) return std::nullopt;
+  return view;
+}
+
+// Whether a tensor's positions lie side by side and its features apart, as the output of a convolution has it.
+inline bool in_planes(const at::Tensor& tensor) {
+  return !tensor.is_contiguous() && tensor.dim() >= 3 && at::movedim(tensor, -1, 1).is_contiguous();
+}
+
+inline cpu::Element element_of(at::ScalarType type) {
+  return type == at::kBFloat16 ? cpu::Element::kBFloat16
+         : type == at::kHalf   ? cpu::Element::kHalf
+                               : cpu::Element::kNative;
+}
+
+// A tensor with its view, or neither.
+struct Viewed {
+  at::Tensor tensor;
+  cpu::View view;
+
+    // To be read; copied only where its layout is unknown to the kernels.
+  static Viewed input(const at::Tensor& given) {
+    Viewed result;
+    const auto layout = layout_of(given);
+    result.tensor = layout.has_value() ? given : given.contiguous();
+    result.view = layout.has_value() ? *layout : *layout_of(result.tensor);
+    result.view.element = element_of(given.scalar_type());
+    result.view.data = const_cast<void*>(result.tensor.const_data_ptr());
+    return result;
+  }
+
+  // To be written: of the sizes and the type of `like`, in planes or contiguous.
+  static Viewed output(const at::Tensor& like, bool planes) {
+    Viewed result;
+    result.tensor = planes ? at::movedim(at::empty(at::movedim(like, -1, 1).sizes(), like.options()), 1, -1)
+                           : at::empty(like.sizes(), like.options());
+    result.view = *layout_of(result.tensor);
+    result.view.element = element_of(like.scalar_type());
+    result.view.data = result.tensor.mutable_data_ptr();
+    return result;
+  }
+
+  bool defined() const { return tensor.defined(); }
+
+  // Whether the kernels need no tile in between: rows of features in the type that they compute in.
+  bool direct(std::int64_t tokens) const {
+    return view.element == cpu::Element::kNative && view.feature == 1 && view.inner >= tokens &&
+           (view.token == tensor.size(-1) || tokens <= 1);
+  }
+};
+
+}  // namespace esper
