@@ -120,6 +120,12 @@ def run_in_thread(folder: Path, names: tuple[str, ...]) -> ThreadServer:
 
 
 @pytest.fixture(scope="session")
+def serve_in_thread() -> Callable[[Path, tuple[str, ...]], ThreadServer]:
+    """Serves from threads, for tests that start and stop servers often."""
+    return run_in_thread
+
+
+@pytest.fixture(scope="session")
 def store_plane() -> Iterator[Plane]:
     """One connection to one Urza and Oona for all tests that can share a library."""
     folder = Path(tempfile.mkdtemp(prefix="et-", dir="/tmp"))
