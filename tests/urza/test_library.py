@@ -199,6 +199,94 @@ def test_a_changed_record_is_not_overwritten_by_an_old_etag(
     assert urza.get_kernel(kernel.name) == validated
 
 
+@pytest.mark.parametrize("etag", ["x", "0", "ffffffffffffffff", "\N{BULLET}", " "])
+def test_etags_of_nothing_are_refused_everywhere(
+    library: library_pb2_grpc.LibraryServiceStub, kernel: pb.KernelRecord, etag: str
+) -> None:
+    blueprint = kernel.parents[0]
+    timing = kernel_pb2.Measurement(machine="m", num_tokens=1, forward_us=1.0)
+    calls: list[Callable[[], object]] = [
+        lambda: library.UpdateKernelState(
+            pb.UpdateKernelStateRequest(name=kernel.name, state=pb.KERNEL_STATE_INVALID, etag=etag)
+        ),
+        lambda: library.ArchiveKernel(pb.ArchiveKernelRequest(name=kernel.name, etag=etag)),
+        lambda: library.RecordMeasurement(
+            pb.RecordMeasurementRequest(name=kernel.name, measurement=timing, etag=etag)
+        ),
+        lambda: library.UpdateBlueprintState(
+            pb.UpdateBlueprintStateRequest(
+                name=blueprint, state=pb.BLUEPRINT_STATE_FAILED, etag=etag
+            )
+        ),
+        lambda: library.ArchiveBlueprint(pb.ArchiveBlueprintRequest(name=blueprint, etag=etag)),
+    ]
+    for call in calls:
+        error = refusal(call)
+        assert (error.code, error.reason) == (grpc.StatusCode.ABORTED, "ETAG_MISMATCH")
+        assert error.metadata["etag"] not in ("", etag)
+    too_long = pb.ArchiveKernelRequest(name=kernel.name, etag="x" * 65)
+    error = refusal(lambda: library.ArchiveKernel(too_long))
+    assert [violation.field for violation in error.violations] == ["etag"]
+    assert library.GetKernel(pb.GetKernelRequest(name=kernel.name)).kernel == kernel
+
+
+@pytest.mark.parametrize("request_id", ["x" * 65, "a b", "\n", "\N{BULLET}"])
+def test_bad_request_ids_are_refused_everywhere(
+    library: library_pb2_grpc.LibraryServiceStub, kernel: pb.KernelRecord, request_id: str
+) -> None:
+    requests: dict[str, object] = {
+        "CreateBlueprint": pb.CreateBlueprintRequest(blueprint=blueprints.get("glu")),
+        "UpdateBlueprintState": pb.UpdateBlueprintStateRequest(
+            name=kernel.parents[0], state=pb.BLUEPRINT_STATE_FAILED
+        ),
+        "ArchiveBlueprint": pb.ArchiveBlueprintRequest(name=kernel.parents[0]),
+        "CreateKernel": pb.CreateKernelRequest(kernel=kernel.kernel),
+        "UpdateKernelState": pb.UpdateKernelStateRequest(
+            name=kernel.name, state=pb.KERNEL_STATE_INVALID
+        ),
+        "ArchiveKernel": pb.ArchiveKernelRequest(name=kernel.name),
+        "RecordMeasurement": pb.RecordMeasurementRequest(
+            name=kernel.name,
+            measurement=kernel_pb2.Measurement(machine="m", num_tokens=1, forward_us=1.0),
+        ),
+        "RecordFieldReport": pb.RecordFieldReportRequest(
+            report=pb.FieldReport(kernel=kernel.name, run="r", verdict=pb.FIELD_VERDICT_CULLED)
+        ),
+    }
+    service = pb.DESCRIPTOR.services_by_name["LibraryService"]
+    assert set(requests) == {
+        method.name
+        for method in service.methods
+        if "request_id" in method.input_type.fields_by_name
+    }
+    for method, request in requests.items():
+        request.request_id = request_id  # type: ignore[attr-defined]
+        error = refusal(lambda m=method, r=request: getattr(library, m)(r))
+        assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert [violation.field for violation in error.violations] == ["request_id"]
+
+
+@pytest.mark.parametrize(
+    ("parents", "field"),
+    [
+        (["x"], "parents[0]"),
+        ([f"blueprints/{HASH}", f"runs/{HASH}"], "parents[1]"),
+        ([f"kernels/{HASH}0"], "parents[0]"),
+        ([f"kernels/{HASH}"] * 17, "parents"),
+    ],
+)
+def test_senseless_parents_are_refused(
+    urza: UrzaClient, kernel: pb.KernelRecord, parents: list[str], field: str
+) -> None:
+    for call in (
+        lambda: urza.create_blueprint(blueprints.get("bottleneck", rank=77), parents),
+        lambda: urza.create_kernel(kernel.kernel, parents=parents),
+    ):
+        error = refusal(call)
+        assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert [violation.field for violation in error.violations] == [field]
+
+
 def test_a_retry_has_no_second_effect(
     library: library_pb2_grpc.LibraryServiceStub, kernel: pb.KernelRecord, urza: UrzaClient
 ) -> None:

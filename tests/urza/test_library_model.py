@@ -33,20 +33,25 @@ from esper.urza.v1 import library_pb2_grpc
 INDEX = st.integers(0, 1000)
 TAGS = st.lists(st.sampled_from("ab"), unique=True)
 WIDTHS = st.sampled_from([8, 16, 24])
-FILTERS = st.fixed_dictionaries(
-    {},
-    optional={
-        "slot_kind": st.sampled_from(kernel_pb2.SlotKind.values()[:3]),
-        "dtype": st.sampled_from(kernel_pb2.DataType.values()[:3]),
-        "device_class": st.just(kernel_pb2.DEVICE_CLASS_CPU),
-        "source": st.sampled_from(blueprint_pb2.SeedSource.values()),
-        "chunk_width": WIDTHS,
-        "source_width": WIDTHS,
-        "state": st.sampled_from(pb.KernelState.values()),
-        "tags": TAGS,
-        "max_parameter_count": st.integers(0, 300),
-        "max_forward_us": st.sampled_from([0.0, 0.7, 1.0, 2.5, 4.0, 1e9]),
-    },
+FIELDS = {
+    "slot_kind": st.sampled_from(kernel_pb2.SlotKind.values()[:3]),
+    "dtype": st.sampled_from(kernel_pb2.DataType.values()[:3]),
+    "device_class": st.just(kernel_pb2.DEVICE_CLASS_CPU),
+    "source": st.sampled_from(blueprint_pb2.SeedSource.values()),
+    "chunk_width": WIDTHS,
+    "source_width": WIDTHS,
+    "state": st.sampled_from(pb.KernelState.values()),
+    "tags": TAGS,
+    "max_parameter_count": st.integers(0, 300),
+    "max_forward_us": st.sampled_from([0.0, 0.7, 1.0, 2.5, 4.0, 1e9]),
+}
+FILTERS = st.lists(st.sampled_from(sorted(FIELDS)), max_size=2, unique=True).flatmap(
+    lambda names: st.fixed_dictionaries({name: FIELDS[name] for name in names})
+)
+QUESTIONS = st.lists(
+    st.tuples(FILTERS, st.sampled_from(pb.KernelOrder.values()), st.integers(1, 9)),
+    min_size=6,
+    max_size=6,
 )
 
 
@@ -230,8 +235,14 @@ class LibraryMachine(RuleBasedStateMachine):
         method, request, answer = self.sent[index % len(self.sent)]
         assert getattr(self.stub, method)(request, timeout=30) == answer
 
-    @rule(wanted=FILTERS, order=st.sampled_from(pb.KernelOrder.values()), size=st.integers(1, 4))
-    def list_kernels(self, wanted: dict[str, object], order: int, size: int) -> None:
+    @rule(questions=QUESTIONS)
+    def list_kernels(self, questions: list[tuple[dict[str, object], int, int]]) -> None:
+        for wanted, order, size in questions:
+            self.list_in_pages(wanted, order, size)
+        for state in pb.KernelState.values():
+            self.list_in_pages({"state": state}, pb.KERNEL_ORDER_NAME, 500)
+
+    def list_in_pages(self, wanted: dict[str, object], order: int, size: int) -> None:
         request = pb.ListKernelsRequest(
             page_size=size, filter=pb.KernelFilter(**wanted), order=order
         )
