@@ -9,7 +9,7 @@ BUILD_REQUIRES := 'setuptools>=77' wheel 'pybind11>=2.13' ninja 'grpcio-tools>=1
 # Spinning OpenMP workers of several processes on few cores slow each other down a hundredfold.
 QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: setup protos native demo test lint typecheck bench clean
+.PHONY: arenas setup protos native demo test lint typecheck bench clean
 
 setup: $(STAMP) native
 
@@ -50,6 +50,11 @@ typecheck: setup
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks -q -p no:xdist --benchmark-only
+
+# All growth arenas against their controls; hours on two cores. QUICK=1 runs 2 seeds of each,
+# ARENAS="width depth" runs only some.
+arenas: setup
+	$(QUIET_THREADS) $(BIN)/python -m benchmarks.growth $(ARENAS) $(if $(QUICK),--quick,--ablate)
 
 clean:
 	rm -rf build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

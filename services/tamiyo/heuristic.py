@@ -207,7 +207,8 @@ class Heuristic:
             for signal in observation.signals
             if _inside(signal.slot, slot) and signal.state in _HOLDING
         )
-        limit = config.max_slot_growth * present
+        # A place where nothing stands yet, such as an identity, is measured by the whole model.
+        limit = config.max_slot_growth * (present or observation.num_parameters)
         wanted = frozenset(observation.kernels)
         budget = observation.budget
         if budget.HasField("max_parameters"):

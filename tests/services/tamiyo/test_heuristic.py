@@ -334,3 +334,13 @@ def test_grafts_of_slots_inside_count_as_part_of_the_slot() -> None:
         return int(decide(nested, RunState(planted=planted)).kernel.removeprefix("kernels/"), 16)
 
     assert (chosen({}), chosen({("a.0", 0): 600})) == (16, 32)
+
+
+def test_an_empty_place_is_measured_by_the_whole_model() -> None:
+    def chosen(parameters: int) -> str:
+        seen = observation([signal("a", scores=[(INPUT, 9.0, 1.0)])], num_parameters=parameters)
+        seen.host_graph.nodes[0].num_parameters = 0
+        return decide(seen).kernel
+
+    assert chosen(130) == f"kernels/{4:064x}"
+    assert chosen(29) == ""

@@ -1,0 +1,109 @@
+"""Nobody knows the right size: growth against a sweep of sizes and successive halving."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from dataclasses import replace
+
+from torch import nn
+
+import esper
+from benchmarks.growth.arena import FINAL
+from benchmarks.growth.arena import GROWN
+from benchmarks.growth.arena import Arena
+from benchmarks.growth.arena import Bar
+from benchmarks.growth.arena import Outcome
+from benchmarks.growth.arenas import accuracy
+from benchmarks.growth.arenas import size_by_parameters
+from benchmarks.growth.arenas import width
+from benchmarks.growth.hosts import nest
+from benchmarks.growth.hosts import nested_names
+from benchmarks.growth.training import Recipe
+from benchmarks.growth.training import Trained
+from benchmarks.growth.training import train_static
+from esper.config import Candidate
+from esper.kasmina import MorphableModel
+from esper.tolaria import tasks
+from esper.tolaria.tasks import Split
+
+SIZES = (4, 8, 16, 32, 64, 128, 256)
+SWEEP = "best of a sweep of sizes"
+HALVING = "successive halving"
+LEVELS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizing(Arena):
+    """The figure is the accuracy of what each way of finding a size ends with."""
+
+    def run(self, seed: int, plane: str, split: Split) -> Iterator[Outcome]:
+        """Grows one model; then trains a model of every size and halves the field."""
+        yield self.outcome(GROWN, seed, self.grow(seed, plane), split)
+        sweep = {size: self._train(seed, size, self.steps) for size in SIZES}
+        yield self._found(SWEEP, seed, sweep, sum(t.flops for t in sweep.values()), split)
+        # A rung is trained anew with its own schedule: a decayed run cannot go on.
+        field, spent, steps = list(SIZES), 0, self.steps // 4
+        while True:
+            rung = {size: self._train(seed, size, steps) for size in field}
+            spent += sum(trained.flops for trained in rung.values())
+            if len(field) == 1 or steps >= self.steps:
+                break
+            field.sort(key=lambda size: -self._score(rung[size].model))
+            field, steps = field[: max(1, len(field) // 2)], min(self.steps, 2 * steps)
+        yield self._found(HALVING, seed, rung, spent, split)
+
+    def _train(self, seed: int, size: int, steps: int) -> Trained:
+        assert self.plain is not None
+        model = self.plain(seed, size)
+        return train_static(self.task, model, self.static[FINAL], seed, steps=steps)
+
+    def _score(self, model: nn.Module) -> float:
+        return self.measure(model, self.task.validation)
+
+    def _found(
+        self, arm: str, seed: int, field: dict[int, Trained], flops: int, split: Split
+    ) -> Outcome:
+        best = max(field, key=lambda size: self._score(field[size].model))
+        found = self.outcome(arm, seed, field[best], split)
+        walls = sum(trained.wall_s for trained in field.values())
+        return replace(found, flops=flops, wall_s=walls, extra={"size": float(best)})
+
+
+def sizing(task_name: str = "digits", host_size: int = 4) -> Arena:
+    """A hidden layer of unknown width."""
+    base = width()
+    task = tasks.get(task_name)
+
+    def host(seed: int) -> MorphableModel:
+        model = task.host(seed, host_size)
+        model.net = nest(model.net, LEVELS - 1)
+        return esper.wrap(model, target_layers=nested_names("net", LEVELS), seeds_per_layer=1)
+
+    config = replace(
+        base.config,
+        candidates=(Candidate(blueprint="widen", ranks=(8, 16, 32, 64)),),
+        growth=replace(base.config.growth, max_slot_growth=8.0, max_live=LEVELS),
+    )
+    fields = {name: getattr(base, name) for name in base.__dataclass_fields__}
+    return Sizing(
+        **{
+            **fields,
+            "name": f"sizing-{task_name}",
+            "title": f"Growth finds a size on {task_name} while others search for it.",
+            "task": task,
+            "measure": accuracy(task),
+            "host": host,
+            "plain": task.host,
+            "size": size_by_parameters(task.host),
+            "small": host_size,
+            "config": config,
+            "grown": base.grown,
+            "static": {FINAL: Recipe(learning_rate=0.05 if task_name == "digits" else 0.02)},
+            "steps": 170 if task_name == "digits" else 470,
+            "num_seeds": 10,
+            "ablations": {},
+            "bars": (
+                Bar(arm=GROWN, against=SWEEP, point=-0.2, compute=1 / 3),
+                Bar(arm=GROWN, against=HALVING, compute=2 / 3),
+            ),
+        }
+    )
