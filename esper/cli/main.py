@@ -15,6 +15,7 @@ _COMMANDS = {
     "evaluate": ("esper.cli.evaluate", "Print the test accuracy of a saved model."),
     "serve": ("esper.cli.serve", "Run the plane, or one service of it."),
     "status": ("esper.cli.status", "Show a running plane."),
+    "urza": ("esper.cli.urza", "Look after a store: figures, check, gc, backup, restore, compact."),
 }
 
 

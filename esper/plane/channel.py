@@ -12,6 +12,7 @@ from esper.tezzeret.v1 import forge_pb2
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import library_pb2
 from esper.urza.v1 import run_pb2
+from esper.urza.v1 import store_pb2
 
 MAX_MESSAGE_BYTES = 4 << 20
 KEEPALIVE_MS = 30_000
@@ -19,7 +20,16 @@ KEEPALIVE_TIMEOUT_MS = 10_000
 RECONNECT_MS = 200
 MAX_RECONNECT_MS = 5_000
 
-_FILES = (event_pb2, plane_pb2, controller_pb2, forge_pb2, blob_pb2, library_pb2, run_pb2)
+_FILES = (
+    event_pb2,
+    plane_pb2,
+    controller_pb2,
+    forge_pb2,
+    blob_pb2,
+    library_pb2,
+    run_pb2,
+    store_pb2,
+)
 _READING = ("Get", "List", "Find", "Query", "Read", "Verify", "Explain")
 _REQUEST_ID = "request_id"
 

@@ -15,6 +15,7 @@ from esper.tezzeret.v1 import forge_pb2
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import library_pb2
 from esper.urza.v1 import run_pb2
+from esper.urza.v1 import store_pb2
 
 FILES = (
     blueprint_pb2.DESCRIPTOR,
@@ -29,6 +30,7 @@ FILES = (
     blob_pb2.DESCRIPTOR,
     library_pb2.DESCRIPTOR,
     run_pb2.DESCRIPTOR,
+    store_pb2.DESCRIPTOR,
 )
 
 

@@ -167,7 +167,7 @@ class OonaService:
     full_names = ("esper.oona.v1.EventService",)
 
     def __init__(self, context: ServiceContext) -> None:
-        self._store = Store(context.data_dir / "oona", SCHEMA)
+        self._store = Store(context.data_dir / "oona", SCHEMA, context.limits)
         self._log = EventLog(self._store)
         groups = Groups(self._store, self._log.followers)
         self._servicer = EventServicer(self._log, groups, context.stopping)

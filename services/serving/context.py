@@ -9,6 +9,8 @@ from typing import TypeAlias
 
 import grpc
 
+from esper.services.store.limits import StoreLimits
+
 # Quoted: gRPC's class is generic in its type stubs alone.
 CallContext: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 """The context that a servicer's method gets."""
@@ -24,11 +26,13 @@ class ServiceContext:
             where none is given.
         stopping: Set when the server begins to drain; calls that follow something for ever end
             then.
+        limits: How much each store may take.
     """
 
     data_dir: Path
     urza: str | None = None
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    limits: StoreLimits = StoreLimits()
 
 
 class Service(Protocol):

@@ -27,6 +27,7 @@ from esper.services.serving.errors import exhausted
 from esper.services.serving.errors import unavailable
 from esper.services.store.claim import DirectoryClaim
 from esper.services.store.files import free_bytes
+from esper.services.store.files import scratch_folder
 from esper.services.store.gate import Gate
 from esper.services.store.limits import RETRY_AFTER_S
 from esper.services.store.limits import SOFT_SHARE
@@ -47,6 +48,8 @@ INITIAL_MAP_BYTES = 4 << 30  # address space only: the file grows by what is wri
 LONG_READ_S = 5.0
 READER_CHECK_S = 60.0
 PROBE_BYTES = 1 << 20
+SCAN_ROWS = 512
+SCAN_BYTES = 8 << 20
 FREEING_BYTES = 16 << 20
 """Room beyond the limit for writes that make room: a deletion writes the pages on its way."""
 
@@ -89,6 +92,8 @@ class Store:
         self._claim = DirectoryClaim(directory)
         try:
             self._environment, self._tables = open_rows(directory, schema, initial_map_bytes)
+            self.scratch = scratch_folder(directory)
+            """Folder for temporary files, emptied when the store is opened."""
         except BaseException:
             self._claim.release()
             raise
@@ -142,6 +147,46 @@ class Store:
                 raise StoreClosedError(f"the store in {self.directory} is closed")
             self._jobs.put(_Job(work, size_bytes, future, frees))  # type: ignore[arg-type]
         return future
+
+    @property
+    def num_queued(self) -> int:
+        """Number of writes that wait for their commit."""
+        return self._jobs.qsize()
+
+    @property
+    def row_file_bytes(self) -> int:
+        """Size of the file with the rows."""
+        return data_file(self.directory).stat().st_size
+
+    def table_sizes(self) -> dict[str, int]:
+        """Returns the number of rows of every table."""
+        with self.reading() as row:
+            return {name: row.stat(db)["entries"] for name, db in sorted(self._tables.items())}
+
+    def scan(self, table: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Yields the rows of a table in order of key, from one short snapshot after the other.
+
+        A row that is there all the time comes once; one that comes or goes meanwhile may come.
+        """
+        position = prefix
+        rows: list[tuple[bytes, bytes]] = []
+        while True:
+            size_bytes = 0
+            with self.reading() as row:
+                cursor = row.cursor(db=self._tables[table])
+                going_on = cursor.set_range(position)
+                while going_on and len(rows) < SCAN_ROWS and size_bytes < SCAN_BYTES:
+                    rows.append(cursor.item())
+                    size_bytes += len(rows[-1][1])
+                    going_on = cursor.next()
+            for key, value in rows:
+                if not key.startswith(prefix):
+                    return
+                yield key, value
+            if not going_on:
+                return
+            position = rows[-1][0] + b"\0"
+            rows.clear()
 
     def copy_rows(self, folder: Path, *, compact: bool) -> None:
         """Writes a snapshot of the rows into an empty folder, as an environment of its own.

@@ -1,6 +1,7 @@
 """Durable changes of folders."""
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -26,3 +27,11 @@ def free_bytes(folder: Path) -> int:
     """Returns the room on the disk of a folder, as far as this user may have it."""
     facts = os.statvfs(folder)
     return facts.f_bavail * facts.f_frsize
+
+
+def scratch_folder(directory: Path) -> Path:
+    """Returns the folder for temporary files of a claimed store, freed of what a crash has left."""
+    folder = directory / "tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    return folder

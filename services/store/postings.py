@@ -68,6 +68,20 @@ class Postings:
         for key in after - before:
             row.put(key, b"", db=self._table)
 
+    def has(self, row: Row, entry: bytes) -> bool:
+        """Returns whether a row is there."""
+        return row.get(entry, db=self._table) is not None
+
+    def num_rows(self, row: Row) -> int:
+        """Returns the number of rows of all records."""
+        return row.stat(self._table)["entries"]
+
+    def drop(self, row: Row, key: bytes) -> None:
+        """Removes all rows of a record that is damaged; reads the whole index."""
+        entries = [entry for entry, _ in row.cursor(db=self._table) if entry.endswith(key)]
+        for entry in entries:
+            row.delete(entry, db=self._table)
+
     def search(
         self, row: Row, order: bytes, conditions: Sequence[Sequence[bytes]], start: bytes
     ) -> "Search":

@@ -1,6 +1,7 @@
 """Makes retries harmless: remembers what a request id was answered with."""
 
 import hashlib
+from collections.abc import Iterator
 
 from google.protobuf.message import Message
 
@@ -88,3 +89,23 @@ class RequestTable:
     @staticmethod
     def _key(scope: str, request_id: str) -> bytes:
         return _ANSWER_PREFIX + hashlib.sha256(f"{scope}\0{request_id}".encode()).digest()
+
+
+def check_requests(store: Store, table: str) -> Iterator[str]:
+    """Yields what is wrong with a table of requests, in sentences."""
+    handle = store.table(table)
+    for place, answer in store.scan(table, _ORDER_PREFIX):
+        with store.reading() as row:  # looked up again, as it may have been forgotten meanwhile
+            still_there = row.get(place, db=handle) == answer
+            lacking = row.get(answer, db=handle) is None
+        if still_there and lacking:
+            yield f"place {int.from_bytes(place[1:], 'big')} of the order has no answer"
+    with store.reading() as row:
+        num_rows = row.stat(handle)["entries"]
+        cursor = row.cursor(db=handle)
+        has_order = cursor.set_range(_ORDER_PREFIX)
+        first = int.from_bytes(cursor.key()[1:], "big") if has_order else 0
+        has_order = has_order and cursor.last()
+        last = int.from_bytes(cursor.key()[1:], "big") if has_order else -1
+    if num_rows != 2 * (last - first + 1):
+        yield f"{num_rows} rows are not two for each of the places {first} to {last}"

@@ -64,6 +64,11 @@ def row_size(row: bytes) -> int:
     return len(row) - 1 if row.startswith(_INLINE) else int.from_bytes(row[1:], "big")
 
 
+def is_file_row(row: bytes) -> bool:
+    """Returns whether the bytes of the blob of a row are in a file."""
+    return row.startswith(_FILE)
+
+
 class BlobStore:
     """The blobs of one Urza. Its methods block, and may be called from any thread.
 
@@ -260,8 +265,10 @@ class BlobStore:
 
     # ------------------------------------------------------------ taking out
 
-    def remove(self, digests: Sequence[digest_pb2.Digest], before_s: float) -> int:
-        """Removes the blobs of `digests` that are still free, and returns the bytes freed.
+    def remove(
+        self, digests: Sequence[digest_pb2.Digest], before_s: float
+    ) -> list[digest_pb2.Digest]:
+        """Removes the blobs of `digests` that are still free, and returns these.
 
         Args:
             digests: Blobs that nothing refers to.
@@ -286,9 +293,8 @@ class BlobStore:
         finally:
             for digest in condemned:
                 self.leases.forget(digest.hash, removed=digest in gone)
-        freed_bytes = sum(digest.size_bytes for digest in gone)
-        self.room.count(-len(gone), -freed_bytes)
-        return freed_bytes
+        self.room.count(-len(gone), -sum(digest.size_bytes for digest in gone))
+        return gone
 
     def remove_file(self, name: str, before_s: float) -> bool:
         """Removes a file that is no blob, unless an upload of the same content is under way."""

@@ -47,6 +47,11 @@ class Leases:
             if not self._held[name]:
                 del self._held[name]
 
+    def is_held(self, name: str) -> bool:
+        """Returns whether a call works on a blob."""
+        with self._lock:
+            return name in self._held
+
     def is_free(self, name: str, before_s: float) -> bool:
         """Returns whether nobody holds a blob, or has used it at `before_s` or later."""
         with self._lock:

@@ -33,6 +33,7 @@ from esper.services.urza.changes import ChangeLog
 from esper.services.urza.lineage import TABLE as LINEAGE_TABLE
 from esper.services.urza.lineage import Lineage
 from esper.services.urza.names import key_of
+from esper.services.urza.records import QUARANTINE_TABLE
 from esper.services.urza.records import Records
 from esper.services.urza.records import list_scope
 from esper.services.urza.states import require_blueprint_move
@@ -47,6 +48,7 @@ TABLES = (
     "reports",
     "requests",
     LINEAGE_TABLE,
+    QUARANTINE_TABLE,
     *CHANGE_TABLES,
 )
 REQUEST_CAPACITY = 100_000
@@ -73,6 +75,8 @@ class Library:
     Attributes:
         changes: What has changed, by revision.
         followers: Wakes those that follow `FOLLOWED`.
+        blueprints: The records of blueprints.
+        kernels: The records of kernels.
     """
 
     def __init__(
@@ -86,7 +90,7 @@ class Library:
         self._requests = RequestTable(store, "requests", REQUEST_CAPACITY)
         self._tokens = PageTokens(store)
         self._lineage = Lineage(store)
-        self._blueprints = Records(
+        self.blueprints = Records(
             store,
             "blueprints",
             "blueprint_index",
@@ -96,7 +100,7 @@ class Library:
             self.changes,
             self._tokens,
         )
-        self._kernels = Records(
+        self.kernels = Records(
             store,
             "kernels",
             "kernel_index",
@@ -119,7 +123,7 @@ class Library:
         name = f"blueprints/{digest}"
 
         def work(row: Row) -> pb.CreateBlueprintResponse:
-            record = self._blueprints.find(row, name)
+            record = self.blueprints.find(row, name)
             if record is None:
                 record = pb.BlueprintRecord(
                     name=name,
@@ -129,7 +133,7 @@ class Library:
                     parents=dict.fromkeys(request.parents),
                 )
                 self._lineage.add(row, name, list(record.parents))
-                self._blueprints.save(row, record)
+                self.blueprints.save(row, record)
             return pb.CreateBlueprintResponse(blueprint=record)
 
         return self._once("CreateBlueprint", request, pb.CreateBlueprintResponse, work)
@@ -141,12 +145,12 @@ class Library:
             ServiceError: NOT_FOUND.
         """
         with self._store.reading() as row:
-            return self._blueprints.load(row, name)
+            return self.blueprints.load(row, name)
 
     def list_blueprints(self, request: pb.ListBlueprintsRequest) -> pb.ListBlueprintsResponse:
         """Returns a page of blueprints in order of name."""
         conditions = blueprint_conditions(request)
-        records, token = self._blueprints.page(request, BLUEPRINT_ORDER, conditions)
+        records, token = self.blueprints.page(request, BLUEPRINT_ORDER, conditions)
         return pb.ListBlueprintsResponse(blueprints=records, next_page_token=token)
 
     def update_blueprint_state(
@@ -175,12 +179,12 @@ class Library:
     def _move_blueprint(
         self, row: Row, name: str, state: pb.BlueprintState, etag: str
     ) -> pb.BlueprintRecord:
-        record = self._blueprints.load(row, name)
+        record = self.blueprints.load(row, name)
         _require_etag(record, etag)
         if record.state != state:
             require_blueprint_move(name, record.state, state)
             record.state = state
-            self._blueprints.save(row, record)
+            self.blueprints.save(row, record)
         return record
 
     # ------------------------------------------------------------ kernels
@@ -200,10 +204,10 @@ class Library:
         has_weights = not kernel.HasField("weights") or self._blobs.contains(kernel.weights)
 
         def work(row: Row) -> pb.CreateKernelResponse:
-            record = self._kernels.find(row, name)
+            record = self.kernels.find(row, name)
             if record is None:
                 blueprint = f"blueprints/{kernel.blueprint_digest}"
-                if self._blueprints.find(row, blueprint) is None:
+                if self.blueprints.find(row, blueprint) is None:
                     raise precondition("NO_BLUEPRINT", f"{blueprint} is not stored", name=blueprint)
                 if not has_weights:
                     blob = blob_name(kernel.weights)
@@ -217,7 +221,7 @@ class Library:
                     parents=dict.fromkeys([blueprint, *request.parents]),
                 )
                 self._lineage.add(row, name, list(record.parents))
-                self._kernels.save(row, record)
+                self.kernels.save(row, record)
             return pb.CreateKernelResponse(kernel=record)
 
         future = self._once("CreateKernel", request, pb.CreateKernelResponse, work)
@@ -231,12 +235,12 @@ class Library:
             ServiceError: NOT_FOUND.
         """
         with self._store.reading() as row:
-            return self._kernels.load(row, name)
+            return self.kernels.load(row, name)
 
     def list_kernels(self, request: pb.ListKernelsRequest) -> pb.ListKernelsResponse:
         """Returns a page of the kernels that pass the filter, in the order asked for."""
         wanted = request.filter
-        records, token = self._kernels.page(
+        records, token = self.kernels.page(
             request,
             kernel_order(request.order),
             kernel_conditions(wanted),
@@ -276,14 +280,14 @@ class Library:
         etag: str,
         evidence: kernel_pb2.ValidationReport | None,
     ) -> pb.KernelRecord:
-        record = self._kernels.load(row, name)
+        record = self.kernels.load(row, name)
         _require_etag(record, etag)
         if record.state != state:
             require_kernel_move(name, record.state, state)
             record.state = state
             if evidence is not None:
                 record.validation.CopyFrom(evidence)
-            self._kernels.save(row, record)
+            self.kernels.save(row, record)
         return record
 
     def record_measurement(
@@ -292,14 +296,14 @@ class Library:
         """Adds a timing to a kernel; the oldest goes where there are `MAX_MEASUREMENTS`."""
 
         def work(row: Row) -> pb.RecordMeasurementResponse:
-            record = self._kernels.load(row, request.name)
+            record = self.kernels.load(row, request.name)
             _require_etag(record, request.etag)
             measurement = record.measurements.add()
             measurement.CopyFrom(request.measurement)
             if not measurement.HasField("measure_time"):
                 measurement.measure_time.CopyFrom(self._timestamp())
             del record.measurements[:-MAX_MEASUREMENTS]
-            self._kernels.save(row, record)
+            self.kernels.save(row, record)
             return pb.RecordMeasurementResponse(kernel=record)
 
         return self._once("RecordMeasurement", request, pb.RecordMeasurementResponse, work)
@@ -313,7 +317,7 @@ class Library:
 
         def work(row: Row) -> pb.RecordFieldReportResponse:
             name = request.report.kernel
-            kernel = self._kernels.load(row, name)
+            kernel = self.kernels.load(row, name)
             report = pb.FieldReport()
             report.CopyFrom(request.report)
             if report.HasField("gain"):
@@ -321,7 +325,7 @@ class Library:
                 share = 1 / kernel.num_gains
                 # Weighted, not summed up: no sum of finite gains may become infinite.
                 kernel.mean_gain = kernel.mean_gain * (1 - share) + report.gain * share
-                self._kernels.save(row, kernel)
+                self.kernels.save(row, kernel)
             key = key_of("report.kernel", name, "kernels")
             number = self._next_report(row, key)
             report.name = f"{name}/reports/{number}"
@@ -347,7 +351,7 @@ class Library:
         start = self._tokens.decode(scope, request.page_token)
         size = effective_page_size(request.page_size)
         with self._store.reading() as row:
-            self._kernels.load(row, request.kernel)
+            self.kernels.load(row, request.kernel)
             values, following = read_page(row, self._store.table("reports"), prefix, start, size)
         token = "" if following is None else self._tokens.encode(scope, following)
         reports = [pb.FieldReport.FromString(value) for value in values]
@@ -363,9 +367,9 @@ class Library:
         """
         with self._store.reading() as row:
             if name.startswith("blueprints/"):
-                self._blueprints.load(row, name)
+                self.blueprints.load(row, name)
             else:
-                self._kernels.load(row, name)
+                self.kernels.load(row, name)
             return self._lineage.around(row, name, depth)
 
     def revision(self) -> int:

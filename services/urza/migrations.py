@@ -6,6 +6,7 @@ from esper.services.store.opening import Database
 from esper.services.store.opening import Row
 from esper.services.urza.catalog import blueprint_entries
 from esper.services.urza.catalog import kernel_entries
+from esper.services.urza.etags import etag_of
 from esper.services.urza.lineage import TABLE as LINEAGE_TABLE
 from esper.services.urza.lineage import rows_of
 from esper.urza.v1 import library_pb2 as pb
@@ -14,11 +15,16 @@ from esper.urza.v1 import library_pb2 as pb
 def from_1(row: Row, table: Callable[[str], Database]) -> None:
     """Draws up the indexes, the lineage and the mean gains, which version 1 did not have.
 
+    The etags are made anew, as they have a digest of the record in them since.
+
     The log of changes begins anew: what came before is compacted.
     """
     blueprints, kernels = table("blueprints"), table("kernels")
-    for _, value in row.cursor(db=blueprints):
-        for entry in blueprint_entries(pb.BlueprintRecord.FromString(value)):
+    for key in [key for key, _ in row.cursor(db=blueprints)]:
+        blueprint = pb.BlueprintRecord.FromString(row.get(key, db=blueprints) or b"")
+        blueprint.etag = etag_of(blueprint)
+        row.put(key, blueprint.SerializeToString(), db=blueprints)
+        for entry in blueprint_entries(blueprint):
             row.put(entry, b"", db=table("blueprint_index"))
     for key in [key for key, _ in row.cursor(db=kernels)]:
         record = pb.KernelRecord.FromString(row.get(key, db=kernels) or b"")
@@ -31,6 +37,7 @@ def from_1(row: Row, table: Callable[[str], Database]) -> None:
         if gains:
             record.num_gains = len(gains)
             record.mean_gain = sum(gain / len(gains) for gain in gains)
+        record.etag = etag_of(record)
         row.put(key, record.SerializeToString(), db=kernels)
         for entry in kernel_entries(record):
             row.put(entry, b"", db=table("kernel_index"))

@@ -31,8 +31,8 @@ class Room:
         self._promised_bytes = 0
         self.stored_bytes = 0
         self.num_stored = 0
-        self.is_short = False
-        """Whether a soft limit has been passed; cleared by whoever makes room."""
+        self.on_short: Callable[[], None] = lambda: None
+        """Called, from any thread, with every promise beyond a soft limit."""
 
     def promise(self, name: str, size_bytes: int) -> None:
         """Sets room aside for a blob, to be given back by `give_back`.
@@ -75,6 +75,5 @@ class Room:
             self.stored_bytes += size_bytes
 
     def _pass_soft_limit(self, what: str) -> None:
-        if not self.is_short:
-            LOG.warning("blobs near the end of %s: collecting garbage", what)
-        self.is_short = True
+        LOG.warning("blobs near the end of %s", what)
+        self.on_short()

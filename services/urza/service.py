@@ -12,28 +12,20 @@ from esper.services.serving.context import CallContext
 from esper.services.serving.context import ServiceContext
 from esper.services.serving.errors import invalid
 from esper.services.serving.errors import require
-from esper.services.store.engine import Store
-from esper.services.store.opening import Schema
-from esper.services.urza import library
-from esper.services.urza import migrations
-from esper.services.urza import runs
 from esper.services.urza import validate
-from esper.services.urza.blobs import TABLES as BLOB_TABLES
 from esper.services.urza.blobs import BlobStore
-from esper.services.urza.library import Library
+from esper.services.urza.contents import FOLDER
+from esper.services.urza.contents import open_contents
 from esper.services.urza.library_servicer import LibraryServicer
 from esper.services.urza.names import check_digest
 from esper.services.urza.run_servicer import RunServicer
-from esper.services.urza.runs import Runs
+from esper.services.urza.store_servicer import StoreServicer
 from esper.services.urza.uploads import Upload
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import blob_pb2_grpc
 from esper.urza.v1 import library_pb2_grpc
 from esper.urza.v1 import run_pb2_grpc
-
-SCHEMA = Schema(
-    (*BLOB_TABLES, *library.TABLES, *runs.TABLES), version=2, migrations={1: migrations.from_1}
-)
+from esper.urza.v1 import store_pb2_grpc
 
 T = TypeVar("T")
 
@@ -145,25 +137,28 @@ class UrzaService:
         "esper.urza.v1.BlobService",
         "esper.urza.v1.LibraryService",
         "esper.urza.v1.RunService",
+        "esper.urza.v1.StoreService",
     )
 
     def __init__(self, context: ServiceContext) -> None:
-        directory = context.data_dir / "urza"
-        self._store = Store(directory, SCHEMA)
-        blobs = BlobStore(self._store, directory / "blobs")
-        self._blob_servicer = BlobServicer(blobs)
-        self._library_servicer = LibraryServicer(Library(self._store, blobs), context.stopping)
-        self._run_servicer = RunServicer(Runs(self._store), context.stopping)
+        self._contents = open_contents(context.data_dir / FOLDER, context.limits)
+        held = self._contents
+        self._blob_servicer = BlobServicer(held.blobs)
+        self._library_servicer = LibraryServicer(held.library, context.stopping)
+        self._run_servicer = RunServicer(held.runs, context.stopping)
+        self._store_servicer = StoreServicer(held, context.stopping)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the servicers."""
         blob_pb2_grpc.add_BlobServiceServicer_to_server(self._blob_servicer, server)
         library_pb2_grpc.add_LibraryServiceServicer_to_server(self._library_servicer, server)
         run_pb2_grpc.add_RunServiceServicer_to_server(self._run_servicer, server)
+        store_pb2_grpc.add_StoreServiceServicer_to_server(self._store_servicer, server)
 
     async def close(self) -> None:
         """Closes the store after its last write."""
-        await asyncio.to_thread(self._store.close)
+        await self._store_servicer.close()
+        await asyncio.to_thread(self._contents.store.close)
 
 
 def create(context: ServiceContext) -> UrzaService:
