@@ -60,6 +60,7 @@ def test_a_plane_introduces_itself(store_plane: Plane) -> None:
         "esper.urza.v1.BlobService",
         "esper.urza.v1.LibraryService",
         "esper.urza.v1.RunService",
+        "esper.urza.v1.StoreService",
         "esper.oona.v1.EventService",
     ]
     assert store_plane.health() == dict.fromkeys(info.services, "SERVING")
