@@ -9,7 +9,7 @@ BUILD_REQUIRES := 'setuptools>=77' wheel 'pybind11>=2.13' ninja 'grpcio-tools>=1
 # Spinning OpenMP workers of several processes on few cores slow each other down a hundredfold.
 QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: arenas setup protos native demo test lint typecheck bench clean
+.PHONY: arenas chaos-train setup protos native demo test lint typecheck bench clean
 
 setup: $(STAMP) native
 
@@ -47,6 +47,10 @@ typecheck: setup
 	for entry in esper/*; do ln -s "$(CURDIR)/$$entry" build/typecheck/esper/; done
 	ln -s "$(CURDIR)/services" build/typecheck/esper/services
 	cd build/typecheck && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p esper
+
+# A hundred times kill -9 of trainer, plane or both: every run must end as if nothing had happened.
+chaos-train: setup
+	$(QUIET_THREADS) $(BIN)/python benchmarks/chaos/run.py --kills 100 --epochs 6 --kills-per-run 12
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks -q -p no:xdist --benchmark-only

@@ -116,9 +116,10 @@ def check_target(folder: Path, mark: str = ARCHITECTURE_FILE) -> None:
     """
     if not folder.exists():
         return
+    sort = "model folder" if mark == ARCHITECTURE_FILE else f"folder with a {mark}"
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / mark).is_file()):
         raise ModelFolderError(
-            "path", str(folder), f"it is there already and has no {mark}; choose another"
+            "path", str(folder), f"it is there already and is no {sort}; choose another"
         )
 
 

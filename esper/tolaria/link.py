@@ -151,7 +151,7 @@ class PlaneLink:
         plane: Address of a plane (or one per service), or ``None`` to start an embedded one.
         candidates: Blueprints for which kernels are compiled.
         run: Id of the run.
-        patience_s: How long to wait for a plane that has been there and is away.
+        patience_s: How long to wait for a plane that is away.
         state: Where another link of the run ended.
     """
 
@@ -334,8 +334,8 @@ class PlaneLink:
         return True
 
     def _may_come_back(self, error: PlaneError | RpcError) -> bool:
-        if self._plane is None or self._failure is not None:
-            return False
+        if self._failure is not None or (self._plane is None and self._address is None):
+            return False  # a plane of one's own that does not start will not start later
         if isinstance(error, RpcError) and error.code not in _LOST:
             return False
         now_s = time.monotonic()

@@ -139,7 +139,8 @@ def test_a_dead_plane_leaves_the_run_that_plain_torch_would_make(
 ) -> None:
     torch.manual_seed(7)
     with caplog.at_level(logging.WARNING, logger="esper"):
-        model, _, session = _grow(NOWHERE, epochs=3)
+        impatient = replace(QUICK, lockstep_timeout_s=1.0)
+        model, _, session = _grow(NOWHERE, epochs=3, config=impatient)
     grown_random = torch.random.get_rng_state()
     torch.manual_seed(7)
     host = TASK.host(0)
