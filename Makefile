@@ -9,7 +9,7 @@ BUILD_REQUIRES := 'setuptools>=77' wheel 'pybind11>=2.13' ninja 'grpcio-tools>=1
 # Spinning OpenMP workers of several processes on few cores slow each other down a hundredfold.
 QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: arenas chaos-train setup protos native demo test lint typecheck bench clean
+.PHONY: arenas chaos-train setup protos native demo test lint typecheck bench targets clean
 
 setup: $(STAMP) native
 
@@ -53,7 +53,12 @@ chaos-train: setup
 	$(QUIET_THREADS) $(BIN)/python benchmarks/chaos/run.py --kills 100 --epochs 6 --kills-per-run 12
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks -q -p no:xdist --benchmark-only
+	mkdir -p runs
+	$(BIN)/python -m pytest benchmarks -q -p no:xdist --benchmark-only --benchmark-json=runs/benchmarks.json
+
+# Kasmina's targets beside what this machine shows.
+targets: setup
+	$(BIN)/python -m benchmarks.kasmina.targets
 
 # All growth arenas against their controls; hours on two cores. QUICK=1 runs 2 seeds of each,
 # ARENAS="width depth" runs only some.

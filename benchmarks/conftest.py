@@ -1,36 +1,44 @@
 """Side-by-side timing: alternatives run interleaved in one test, and ratios are reported.
 
-Absolute times mean nothing on shared machines. One round calls every alternative once, so that
-whatever slows the machine slows them all; medians over the rounds are compared. pytest-benchmark
-times ours; the ratios stand in its JSON as ``extra_info`` and in a table at the end of the run.
+pytest-benchmark times ours; ratios stand in its JSON as ``extra_info`` and in a table at the end
+of the run.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
-from typing import Protocol
+from dataclasses import dataclass
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-_ROUNDS = 31
-_WARM_UP = 3
-_ROWS: list[tuple[str, str, float, dict[str, float]]] = []
+from benchmarks.timing import Work
+from benchmarks.timing import interleaved
+from benchmarks.timing import peak_bytes
+from benchmarks.timing import peak_flops
 
 
-class SideBySide(Protocol):
-    """Times one call beside others; `rounds` is how often each is timed."""
+@dataclass(frozen=True)
+class _Row:
+    group: str
+    name: str
+    median_s: float
+    ratios: Mapping[str, float]
+    roofline: float | None
 
-    def __call__(  # noqa: D102
-        self,
-        group: str,
-        ours: Callable[[], object],
-        others: Mapping[str, Callable[[], object]],
-        rounds: int = _ROUNDS,
-    ) -> None: ...
+
+_ROWS: list[_Row] = []
+
+SideBySide = Callable[..., None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the choice of the grid."""
+    parser.addoption(
+        "--whole-grid", action="store_true", help="every shape, which takes hours; default: some"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -50,23 +58,23 @@ def side_by_side(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) ->
         group: str,
         ours: Callable[[], object],
         others: Mapping[str, Callable[[], object]],
-        rounds: int = _ROUNDS,
+        work: Work | None = None,
     ) -> None:
-        contenders = {"ours": ours, **others}
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        for round_number in range(_WARM_UP + rounds):
-            for name, call in contenders.items():
-                started = time.perf_counter()
-                call()
-                elapsed = time.perf_counter() - started
-                if round_number >= _WARM_UP:
-                    times[name].append(elapsed)
-        medians = {name: statistics.median(values) for name, values in times.items()}
+        # What does counted work computes; the rest may wait for other processes.
+        clock = time.perf_counter if work is None else time.process_time
+        medians = interleaved({"ours": ours, **others}, clock=clock)
         ratios = {name: medians[name] / medians["ours"] for name in others}
         benchmark.group = group
         benchmark.extra_info["median_over_ours"] = ratios
-        benchmark.pedantic(ours, rounds=rounds, warmup_rounds=1)
-        _ROWS.append((group, request.node.name, medians["ours"], ratios))
+        benchmark.extra_info["interleaved_median_s"] = medians["ours"]
+        roofline = None
+        if work is not None:
+            roofline = work.least_s() / medians["ours"]
+            benchmark.extra_info["share_of_roofline"] = roofline
+            benchmark.extra_info["peak_flops"] = peak_flops()
+            benchmark.extra_info["peak_bytes"] = peak_bytes()
+        benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
+        _ROWS.append(_Row(group, request.node.name, medians["ours"], ratios, roofline))
 
     return run
 
@@ -76,10 +84,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not _ROWS:
         return
     terminalreporter.section("median time over ours, interleaved (above 1: ours is faster)")
-    for group, name, median_s, ratios in _ROWS:
-        best = min(ratios, key=lambda other: ratios[other])
-        shown = "  ".join(f"{other} {ratio:.2f}" for other, ratio in ratios.items())
-        terminalreporter.write_line(f"{group}: {name}")
-        terminalreporter.write_line(
-            f"    ours {1e6 * median_s:.0f} us; {shown}; best alternative: {best}"
-        )
+    for row in _ROWS:
+        terminalreporter.write_line(f"{row.group}: {row.name}")
+        line = f"    ours {1e6 * row.median_s:.0f} us"
+        if row.roofline is not None:
+            line += f", {row.roofline:.0%} of the roofline"
+        if row.ratios:
+            best = min(row.ratios, key=lambda other: row.ratios[other])
+            shown = "  ".join(f"{other} {ratio:.2f}" for other, ratio in row.ratios.items())
+            line += f"; {shown}; best alternative: {best}"
+        terminalreporter.write_line(line)

@@ -1,194 +1,97 @@
 """One slot with many bottleneck seeds, against what a user would otherwise write.
 
-Alternatives: an eager loop over the seeds, a stacked ``torch.baddbmm``, and ``torch.vmap``. All
-compute the same function with the same alphas; an assertion holds them together.
+By default some shapes of the grid: one that stands for it, and its neighbours along tokens, seeds,
+rank and width. ``--whole-grid`` runs every shape, and compiled alternatives as well.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu
 
-from esper.kasmina.ops import SeedPlan
-from esper.kasmina.ops import slot_forward
+from benchmarks.kasmina.problem import Problem
+from benchmarks.kasmina.problem import agreeing
+from benchmarks.kasmina.problem import first_of
 
-ALPHA = 0.7
-SHAPES = [
-    pytest.param(32, 64, 4, 16, id="N32-D64-S4-r16"),
-    pytest.param(512, 768, 12, 4, id="N512-D768-S12-r4"),
-    pytest.param(2048, 768, 12, 16, id="N2048-D768-S12-r16"),
-    pytest.param(2048, 768, 64, 16, id="N2048-D768-S64-r16"),
-    pytest.param(512, 768, 12, 64, id="N512-D768-S12-r64"),
+TOKENS = (32, 512, 8192)
+WIDTHS = (64, 768, 4096)
+SEEDS = (1, 4, 16, 64, 256)
+RANKS = (4, 16, 64)
+SOME = [
+    (2048, 768, 12, 16),
+    (32, 64, 4, 16),
+    (512, 64, 4, 16),
+    (8192, 768, 16, 16),
+    (512, 768, 1, 16),
+    (512, 768, 16, 4),
+    (512, 768, 16, 16),
+    (512, 768, 16, 64),
+    (512, 768, 64, 16),
+    (512, 768, 256, 4),
+    (512, 4096, 16, 16),
 ]
+Shape = tuple[int, int, int, int]
 
 
-@dataclass
-class Problem:
-    """One slot's tensors, once stacked and once per seed.
-
-    Attributes:
-        h: The slot's output, [N, D].
-        dy: Gradient of the result, [N, D].
-        stacked: A [S, d, r], a [S, 1, r], B [S, r, d], b [S, 1, d].
-        single: The same as a flat list of four tensors per seed.
-        plan: Plan of the native operator.
-        scalars: alpha_fwd, alpha_bwd, gamma, [S, 3].
-    """
-
-    h: Tensor
-    dy: Tensor
-    stacked: list[Tensor]
-    single: list[Tensor]
-    plan: list[int]
-    scalars: Tensor
-
-    @classmethod
-    def make(cls, tokens: int, width: int, seeds: int, rank: int) -> "Problem":
-        """Returns a problem with fixed random content."""
-        generator = torch.Generator().manual_seed(0)
-        chunk = width // seeds
-
-        def draw(*shape: int, scale: float = 1.0) -> Tensor:
-            return (scale * torch.randn(*shape, generator=generator)).requires_grad_()
-
-        stacked = [
-            draw(seeds, chunk, rank, scale=chunk**-0.5),
-            draw(seeds, 1, rank),
-            draw(seeds, rank, chunk, scale=rank**-0.5),
-            draw(seeds, 1, chunk),
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    shapes = SOME
+    if metafunc.config.getoption("whole_grid"):
+        shapes = SOME[:1] + [
+            (tokens, width, seeds, rank)
+            for tokens in TOKENS
+            for width in WIDTHS
+            for seeds in SEEDS
+            for rank in RANKS
+            if seeds <= width
         ]
-        single = [
-            tensor[seed].squeeze(0).detach().clone().requires_grad_()
-            for seed in range(seeds)
-            for tensor in stacked
-        ]
-        plan = [
-            field
-            for seed in range(seeds)
-            for field in SeedPlan(
-                row=seed,
-                offset=seed * chunk,
-                width=chunk,
-                source="output",
-                family="bottleneck",
-                first_param=4 * seed,
-                activation="gelu",
-                rank=rank,
-                hidden_bias=True,
-                output_bias=True,
-            ).pack()
-        ]
-        return cls(
-            h=draw(tokens, seeds * chunk),
-            dy=torch.randn(tokens, seeds * chunk, generator=generator),
-            stacked=stacked,
-            single=single,
-            plan=plan,
-            scalars=torch.full((seeds, 3), ALPHA),
+    metafunc.parametrize(
+        "shape", shapes, ids=[f"N{n}-D{d}-S{s}-r{r}" for n, d, s, r in shapes], scope="module"
+    )
+
+
+@pytest.fixture(scope="module")
+def problem(shape: Shape) -> Problem:
+    return agreeing(*shape)
+
+
+@pytest.fixture(scope="module")
+def others(problem: Problem, request: pytest.FixtureRequest) -> dict[str, Callable[[], Tensor]]:
+    whole = request.config.getoption("whole_grid")
+    return problem.forwards() | (problem.compiled() if whole else {})
+
+
+def test_forward(side_by_side, problem: Problem, others) -> None:
+    with torch.no_grad():
+        side_by_side("forward", problem.ours, others, problem.forward_work)
+
+
+def test_forward_with_telemetry(side_by_side, problem: Problem, others) -> None:
+    measured = {name: problem.measured(forward) for name, forward in others.items()}
+    with torch.no_grad():
+        side_by_side(
+            "forward with telemetry",
+            lambda: problem.ours(telemetry=True),
+            measured,
+            problem.forward_work,
         )
 
-    def ours(self, telemetry: bool = False) -> Tensor:
-        """The native operator."""
-        return slot_forward(self.h, None, self.single, self.scalars, self.plan, telemetry)[0]
 
-    def loop(self) -> Tensor:
-        """One seed after the other."""
-        seeds = len(self.single) // 4
-        parts = []
-        for seed, chunk in enumerate(self.h.chunk(seeds, dim=1)):
-            down, down_bias, up, up_bias = self.single[4 * seed : 4 * seed + 4]
-            g = torch.addmm(up_bias, gelu(torch.addmm(down_bias, chunk, down)), up)
-            parts.append(chunk + ALPHA * g)
-        return torch.cat(parts, dim=1)
-
-    def bmm(self) -> Tensor:
-        """All seeds in two batched products."""
-        down, down_bias, up, up_bias = self.stacked
-        seeds = len(down)
-        chunks = self.h.unflatten(1, (seeds, -1)).transpose(0, 1)
-        g = torch.baddbmm(up_bias, gelu(torch.baddbmm(down_bias, chunks, down)), up)
-        return self.h + ALPHA * g.transpose(0, 1).flatten(1)
-
-    def vmap(self) -> Tensor:
-        """One seed, mapped over all."""
-
-        def seed(chunk: Tensor, a: Tensor, a_bias: Tensor, b: Tensor, b_bias: Tensor) -> Tensor:
-            return chunk + ALPHA * (gelu(chunk @ a + a_bias) @ b + b_bias)
-
-        chunks = self.h.unflatten(1, (len(self.stacked[0]), -1))
-        mapped: Tensor = torch.vmap(seed, in_dims=(1, 0, 0, 0, 0), out_dims=1)(
-            chunks, *self.stacked
-        )
-        return mapped.flatten(1)
-
-    def measured(self, forward: Callable[[], Tensor]) -> Callable[[], object]:
-        """The forward, and the telemetry that ours measures in the same pass."""
-        seeds = len(self.stacked[0])
-
-        def run() -> object:
-            y = forward()
-            chunks = self.h.unflatten(1, (seeds, -1))
-            centred = chunks - chunks.mean((0, 2), keepdim=True)
-            return (
-                y,
-                centred.square().sum((0, 2)),
-                (chunks.abs() < 1e-12).sum((0, 2)),
-                chunks.square().sum((0, 2)),
-                (centred * centred.roll(1, dims=2)).sum((0, 2)),
-                (y - self.h).unflatten(1, (seeds, -1)).square().sum((0, 2)),
-            )
-
-        return run
-
-    def trained(self, forward: Callable[[], Tensor]) -> Callable[[], object]:
-        """Forward and backward."""
-        leaves = [self.h, *self.stacked, *self.single]
-
-        def run() -> None:
-            forward().backward(self.dy)
-            for leaf in leaves:
-                leaf.grad = None
-
-        return run
-
-    def forwards(self) -> dict[str, Callable[[], Tensor]]:
-        """The alternatives by name."""
-        return {"loop": self.loop, "bmm": self.bmm, "vmap": self.vmap}
+def test_forward_and_backward(side_by_side, problem: Problem, others) -> None:
+    trained = {name: problem.trained(forward) for name, forward in others.items()}
+    side_by_side(
+        "forward and backward", problem.trained(problem.ours), trained, problem.training_work
+    )
 
 
-def agreeing(tokens: int, width: int, seeds: int, rank: int) -> Problem:
-    """Returns a problem on which all alternatives compute the same."""
-    problem = Problem.make(tokens, width, seeds, rank)
-    with torch.no_grad():
-        for name, forward in problem.forwards().items():
-            torch.testing.assert_close(
-                problem.ours(), forward(), rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-            )
-    return problem
-
-
-@pytest.mark.parametrize(("tokens", "width", "seeds", "rank"), SHAPES)
-def test_forward(side_by_side, tokens: int, width: int, seeds: int, rank: int) -> None:
-    problem = agreeing(tokens, width, seeds, rank)
-    with torch.no_grad():
-        side_by_side("forward", problem.ours, problem.forwards())
-
-
-@pytest.mark.parametrize(("tokens", "width", "seeds", "rank"), SHAPES)
-def test_forward_with_telemetry(
-    side_by_side, tokens: int, width: int, seeds: int, rank: int
-) -> None:
-    problem = agreeing(tokens, width, seeds, rank)
-    others = {name: problem.measured(forward) for name, forward in problem.forwards().items()}
-    with torch.no_grad():
-        side_by_side("forward with telemetry", lambda: problem.ours(telemetry=True), others)
-
-
-@pytest.mark.parametrize(("tokens", "width", "seeds", "rank"), SHAPES)
-def test_forward_and_backward(side_by_side, tokens: int, width: int, seeds: int, rank: int) -> None:
-    problem = agreeing(tokens, width, seeds, rank)
-    others = {name: problem.trained(forward) for name, forward in problem.forwards().items()}
-    side_by_side("forward and backward", problem.trained(problem.ours), others)
+def test_forward_and_backward_with_telemetry(side_by_side, problem: Problem, others) -> None:
+    trained = {
+        name: problem.trained(first_of(problem.measured(forward)))
+        for name, forward in others.items()
+    }
+    side_by_side(
+        "forward and backward with telemetry",
+        problem.trained(lambda: problem.ours(telemetry=True)),
+        trained,
+        problem.training_work,
+    )
