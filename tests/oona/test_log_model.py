@@ -14,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine
 from hypothesis.stateful import initialize
+from hypothesis.stateful import precondition
 from hypothesis.stateful import rule
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -26,6 +27,7 @@ TOPICS = st.sampled_from(["a", "a.b"])
 GROUPS = st.sampled_from(["g", "h"])
 LONG_S = 10_000.0
 BRIEF_S = 0.1
+MAX_RESTARTS = 2  # of one history: they take longest
 SIZE = 2048
 
 
@@ -59,6 +61,7 @@ class LogMachine(RuleBasedStateMachine):
     def begin(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="et-", dir="/tmp"))
         self.topics: dict[str, Model] = {}
+        self.restarts = 0
         self.start()
 
     def start(self) -> None:
@@ -136,10 +139,11 @@ class LogMachine(RuleBasedStateMachine):
                 assert event.body.Unpack(value)
                 assert (event.offset, value.value) == (offset, model.values[offset])
 
-    @rule(topic=TOPICS, group=GROUPS, brief=st.booleans())
-    def consume(self, topic: str, group: str, brief: bool) -> None:
+    @rule(topic=TOPICS, group=GROUPS, brief=st.booleans(), number=st.integers(0, 9))
+    def consume(self, topic: str, group: str, brief: bool, number: int) -> None:
         """Takes all that a group can be given now, and neither more nor less comes."""
-        model = self.topics.setdefault(topic, Model())
+        self.publish_many(topic, number)
+        model = self.topics[topic]
         standing = model.groups.get(group)
         if standing is None:
             standing = model.groups[group] = Standing(model.first)
@@ -149,7 +153,8 @@ class LogMachine(RuleBasedStateMachine):
         wanted = due | set(new)
         if not wanted:
             return
-        time.sleep(BRIEF_S)  # what was taken for a brief while is visible again
+        if due:
+            time.sleep(BRIEF_S)  # what was taken for a brief while is visible again
         timeout_s = BRIEF_S if brief else LONG_S
         got: set[int] = set()
         gaps: list[event_pb2.Gap] = []
@@ -194,8 +199,10 @@ class LogMachine(RuleBasedStateMachine):
             del standing.pending[offset]
             standing.visible.discard(offset)
 
+    @precondition(lambda self: self.restarts < MAX_RESTARTS)
     @rule()
     def restart(self) -> None:
+        self.restarts += 1
         self.plane.close()
         self.server.stop()
         self.start()
@@ -220,8 +227,8 @@ def test_the_log_is_what_a_simple_model_is(serve_in_thread: Callable[..., object
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=8,
-            stateful_step_count=30,
+            max_examples=14,
+            stateful_step_count=25,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),

@@ -30,6 +30,7 @@ from esper.services.urza.states import KERNEL_MOVES
 from esper.urza.v1 import library_pb2 as pb
 from esper.urza.v1 import library_pb2_grpc
 
+MAX_RESTARTS = 2  # of one history: they take longest
 INDEX = st.integers(0, 1000)
 TAGS = st.lists(st.sampled_from("ab"), unique=True)
 WIDTHS = st.sampled_from([8, 16, 24])
@@ -106,6 +107,7 @@ class LibraryMachine(RuleBasedStateMachine):
         self.former: list[str] = []  # etags that are no longer any record's
         self.reports: dict[str, list[pb.FieldReport]] = {}
         self.history: list[pb.WatchResponse] = []
+        self.restarts = 0
         self.sent: list[tuple[str, object, object]] = []
         self.start()
         self.make_blueprint(1, [])
@@ -308,8 +310,10 @@ class LibraryMachine(RuleBasedStateMachine):
             assert next(watch).revision == first
             assert list(itertools.islice(watch, len(self.history) - first)) == self.history[first:]
 
+    @precondition(lambda self: self.restarts < MAX_RESTARTS)
     @rule()
     def restart(self) -> None:
+        self.restarts += 1
         self.stop()
         self.start()
 
@@ -329,8 +333,8 @@ def test_the_library_is_what_a_simple_model_is(serve_in_thread: Callable[..., ob
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=8,
-            stateful_step_count=40,
+            max_examples=16,
+            stateful_step_count=30,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
