@@ -8,8 +8,8 @@ from urza_samples import new_kernel
 from esper import blueprints
 from esper.services.store.engine import Store
 from esper.services.store.opening import Row
-from esper.services.urza import service
 from esper.services.urza.blobs import BlobStore
+from esper.services.urza.contents import SCHEMA
 from esper.services.urza.library import Library
 from esper.services.urza.resources import digest_of_blueprint
 from esper.services.urza.resources import digest_of_kernel
@@ -19,7 +19,7 @@ NEW_TABLES = ("blueprint_index", "kernel_index", "lineage", "changes")
 
 
 def open_library(folder: Path) -> tuple[Store, Library]:
-    store = Store(folder, service.SCHEMA)
+    store = Store(folder, SCHEMA)
     return store, Library(store, BlobStore(store, folder / "blobs"))
 
 
