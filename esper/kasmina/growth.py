@@ -1,41 +1,42 @@
 """How much a dormant seed could learn that the host cannot express itself.
 
 With v = -dL/dy what the loss wants of a slot's output and phi(z) random features of what a seed
-would read, ``P = sum phi v^T`` is the gradient that the seed's fan-out would receive. For a Linear
-slot with input x the part of it that the host's own weight could take up is projected out by least
-squares: ``R = P - Q (S + lambda I)^-1 M`` with ``S = sum x x^T``, ``M = sum x v^T`` and
-``Q = sum phi x^T`` (TINY, arXiv 2405.19816; SENN, arXiv 2307.04526). Elsewhere ``R = P``, the
-virtual-seed gradient (SensLI). The score is the norm of R.
+would read, ``P = sum phi v^T`` is the gradient that the seed's fan-out would receive (the
+virtual-seed gradient, SensLI). Where the host is linear in z, the part of P that its own weight
+could take up is projected out by least squares (TINY, arXiv 2405.19816; SENN, arXiv 2307.04526):
+``R = P - (sum phi u^T) (sum u u^T + lambda I)^-1 sum u v^T``. The regressors u are not all of the
+host's inputs but the pre-activations of phi: by Stein's lemma the linear part of ``phi(w . z)`` is
+a multiple of ``w . z`` where z is elliptical, and projections of many features are nearly so
+(Diaconis and Freedman 1984). So the moments stay small however wide the host is. The score is the
+norm of R.
 
 The null is the same norm under shuffled rows of v. It is not sampled: for centred phi_r the mean of
 ``||sum phi_r v^T||^2`` over all orders is ``sum ||phi_r||^2 sum ||v||^2 / (n - 1)``, so one number
 a column is all that has to be kept, and the null itself has no noise.
 
-Phi and x are centred in each step: a constant shift, which a bias can give, is no capacity.
+Phi and u are centred in each step: a constant shift, which a bias can give, is no capacity.
 
-Shape suffixes: N sampled rows, D features of the output, F random features, X features of the
-Linear's input, Z features of what a seed reads.
+Shape suffixes: N sampled rows, D features of the output, W of a chunk, X of the input, G groups of
+features with one source each, F features of a group, B = F or 2 F basis functions (phi, then u).
 """
 
 import math
 from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from esper.common.v1 import blueprint_pb2
+from esper.kasmina.rows import RowSample
 
-MAX_ROWS = 4096
-"""Most rows of a step that are looked at; of more, one in so many is."""
+NUM_FEATURES = 16
+"""Random features of each source."""
 
-MAX_LINEAR_WIDTH = 1024
-"""Widest Linear input whose second moments are gathered."""
-
-_MAX_FEATURES = 64
-_RIDGE = 1e-4  # lambda over the mean diagonal of S
+_RIDGE = 1e-6  # lambda over the mean diagonal of sum u u^T
 _FEATURE_SEED = 0x5EED
+_TINY = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,29 +63,12 @@ class PendingScores:
     """What one forward leaves for its backward.
 
     Attributes:
-        phis: Features of each block, [N, F].
-        x_NX: Sampled rows of the Linear's input, centred; None where they are not used.
-        stride: Every how many rows one was sampled.
+        basis_GNB: Basis functions at the sampled rows, centred.
+        rows: The rows.
     """
 
-    phis: Sequence[Tensor]
-    x_NX: Tensor | None
-    stride: int
-
-
-@dataclass(frozen=True, slots=True)
-class BlockState:
-    """Sums of one block of a probe; the tensors are the probe's own.
-
-    Attributes:
-        p_FD: Sum of phi v^T.
-        q_FX: Sum of phi x^T.
-        energy: Sum of phi^2, shape [].
-    """
-
-    p_FD: Tensor
-    q_FX: Tensor
-    energy: Tensor
+    basis_GNB: Tensor
+    rows: RowSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,200 +77,200 @@ class ProbeState:
 
     Attributes:
         dormant: Column ranges of the chunks that it measures, by seed.
-        blocks: Sums of its blocks.
-        s_XX: Sum of x x^T.
-        m_XD: Sum of x v^T.
-        v_energy_D: Sum of v^2.
-        num_steps: Sampled steps.
+        gram_GBB: Sums of products of the basis functions.
+        input_DB: Sums of their products with the gradient, for seeds that read the input.
+        output_GWB: The same for seeds that read their chunk.
+        energy_D: Sum of centred squares of the gradient.
+        num_steps: Sampled steps, shape [].
         last_step: Number of the last one.
     """
 
     dormant: dict[int, tuple[int, int]]
-    blocks: list[BlockState]
-    s_XX: Tensor
-    m_XD: Tensor
-    v_energy_D: Tensor
-    num_steps: int
+    gram_GBB: Tensor
+    input_DB: Tensor
+    output_GWB: Tensor
+    energy_D: Tensor
+    num_steps: Tensor
     last_step: int
-
-
-class _Block:
-    """Random features of some columns of z, paired with some columns of v."""
-
-    def __init__(
-        self,
-        source: blueprint_pb2.SeedSource,
-        columns: tuple[int, int],
-        targets: tuple[int, int],
-        linear_width: int,
-        device: torch.device,
-    ) -> None:
-        self.source = source
-        self.columns = columns
-        self.targets = targets
-        width = columns[1] - columns[0]
-        num_features = min(_MAX_FEATURES, 4 * width)
-        generator = torch.Generator().manual_seed(_FEATURE_SEED)
-        omega = torch.randn(width, num_features, generator=generator) / width**0.5
-        offset = torch.randn(num_features, generator=generator)
-        self._omega_ZF = omega.to(device)
-        self._offset_F = offset.to(device)
-        self.p_FD = torch.zeros(num_features, targets[1] - targets[0], device=device)
-        self.q_FX = torch.zeros(num_features, linear_width, device=device)
-        self.energy = torch.zeros((), device=device)  # sum of phi^2
-
-    def features(self, z_NZ: Tensor) -> Tensor:
-        """Random ReLU features, centred and of unit root mean square, [N, F]."""
-        z = _centred(z_NZ[:, self.columns[0] : self.columns[1]])
-        z = z / z.square().mean().sqrt().clamp_min(1e-12)
-        phi_NF = _centred(torch.relu(z @ self._omega_ZF + self._offset_F))
-        return phi_NF / phi_NF.square().mean().sqrt().clamp_min(1e-12)
-
-    def to_source(self, weights_Fk: Tensor) -> Tensor:
-        """Returns the directions of the source that sums of features look along, [Z, k]."""
-        directions: Tensor = self._omega_ZF @ weights_Fk
-        return directions
 
 
 class GrowthProbe:
     """Accumulates the growth scores of a slot's dormant chunks.
 
+    On the CPU the sums are made natively; elsewhere by torch, without waiting for the device.
+
     Args:
-        dormant: Half-open column ranges of the dormant chunks by seed.
+        dormant: Half-open column ranges of the dormant chunks by seed; their widths differ by at
+            most one.
         width: D.
         source_width: Features of the slot's input; None where no seed can read it.
-        linear: Whether the slot is a Linear, whose own reach is projected out.
+        linear: Whether the host is linear in what seeds read, so that its own reach is taken off.
         device: Where the slot computes.
     """
 
     def __init__(
         self,
-        dormant: dict[int, tuple[int, int]],
+        dormant: Mapping[int, tuple[int, int]],
         width: int,
         source_width: int | None,
         linear: bool,
         device: torch.device,
     ) -> None:
-        self.dormant = dormant
-        self._reads_input = source_width is not None
-        linear_width = 0
-        if linear and source_width is not None and source_width <= MAX_LINEAR_WIDTH:
-            linear_width = source_width
-        self._blocks: list[_Block] = []
+        self.dormant = dict(dormant)
+        self._linear = linear
+        self._native = device.type == "cpu"
+        self._bounds = [bound for chunk in dormant.values() for bound in chunk]
+        chunk_width = max(end - begin for begin, end in dormant.values())
+        generator = torch.Generator().manual_seed(_FEATURE_SEED)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device)
+
+        self._input_XF: Tensor | None = None
         if source_width is not None:
-            everything = (0, source_width), (0, width)
-            source = blueprint_pb2.SEED_SOURCE_INPUT
-            self._blocks.append(_Block(source, *everything, linear_width, device))
-        for bounds in dormant.values():
-            source = blueprint_pb2.SEED_SOURCE_OUTPUT
-            self._blocks.append(_Block(source, bounds, bounds, linear_width, device))
-        self._s_XX = torch.zeros(linear_width, linear_width, device=device)
-        self._m_XD = torch.zeros(linear_width, width, device=device)
-        self._v_energy_D = torch.zeros(width, device=device)  # sum over steps, n / (n - 1) each
-        self._num_steps = 0
+            self._input_XF = draw(source_width, NUM_FEATURES)
+        self._output_GWF = draw(len(dormant), chunk_width, NUM_FEATURES)
+        # Chunks of unequal width are padded by their own last column, which is weighed with 0.
+        columns: list[int] = []
+        for group, (begin, end) in enumerate(dormant.values()):
+            columns += [min(column, end - 1) for column in range(begin, begin + chunk_width)]
+            self._output_GWF[group, end - begin :] = 0.0
+        self._columns = torch.tensor(columns, device=device)
+        num_groups = len(dormant) + (self._input_XF is not None)
+        self._offset_G1F = draw(num_groups, 1, NUM_FEATURES)
+        num_basis = NUM_FEATURES * (2 if linear else 1)
+        self._gram_GBB = torch.zeros(num_groups, num_basis, num_basis, device=device)
+        self._input_DB = torch.zeros(width, num_basis, device=device)
+        self._output_GWB = torch.zeros(len(dormant), chunk_width, num_basis, device=device)
+        self._energy_D = torch.zeros(width, device=device)  # of centred v, n / (n - 1) each step
+        self._num_steps = torch.zeros((), device=device)
         self._last_step = -1
 
     def state(self) -> ProbeState:
         """Returns what has been gathered."""
         return ProbeState(
             self.dormant,
-            [BlockState(block.p_FD, block.q_FX, block.energy) for block in self._blocks],
-            self._s_XX,
-            self._m_XD,
-            self._v_energy_D,
+            self._gram_GBB,
+            self._input_DB,
+            self._output_GWB,
+            self._energy_D,
             self._num_steps,
             self._last_step,
         )
 
     def resume(self, state: ProbeState) -> None:
         """Goes on from what a probe of the same place and chunks had gathered."""
-        for block, sums in zip(self._blocks, state.blocks, strict=True):
-            block.p_FD.copy_(sums.p_FD)
-            block.q_FX.copy_(sums.q_FX)
-            block.energy.copy_(sums.energy)
-        self._s_XX.copy_(state.s_XX)
-        self._m_XD.copy_(state.m_XD)
-        self._v_energy_D.copy_(state.v_energy_D)
-        self._num_steps, self._last_step = state.num_steps, state.last_step
+        self._gram_GBB.copy_(state.gram_GBB)
+        self._input_DB.copy_(state.input_DB)
+        self._output_GWB.copy_(state.output_GWB)
+        self._energy_D.copy_(state.energy_D)
+        self._num_steps.copy_(state.num_steps)
+        self._last_step = state.last_step
 
-    def observe(self, h: Tensor, x: Tensor | None) -> PendingScores | None:
-        """Takes in what a forward shows.
+    def observe(self, h_ND: Tensor, x_NX: Tensor | None, rows: RowSample) -> PendingScores | None:
+        """Takes in what a forward shows; call it without gradients and autocast.
 
         Args:
-            h: The slot's own output, features last, [..., D].
-            x: Its input, [..., X] with the token axes of h; None where it cannot be read.
+            h_ND: Sampled rows of the slot's own output, float32.
+            x_NX: The same rows of its input, float32; None where it cannot be read.
+            rows: Which rows they are.
 
         Returns:
             What ``complete`` needs once the gradient is there; None where there is too little to
             measure.
         """
-        num_rows = h.numel() // h.shape[-1]
-        stride = -(-num_rows // MAX_ROWS)
-        if num_rows < 2 or (x is None and self._reads_input):
+        if self._input_XF is None:
+            x_NX = None
+        elif x_NX is None:
             return None
-        with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
-            h_ND = _rows(h, stride)
-            x_NX = None if x is None else _rows(x, stride)
-            sources = {
-                blueprint_pb2.SEED_SOURCE_INPUT: x_NX,
-                blueprint_pb2.SEED_SOURCE_OUTPUT: h_ND,
-            }
-            phis = []
-            for block in self._blocks:
-                z_NZ = sources[block.source]
-                assert z_NZ is not None
-                phis.append(block.features(z_NZ))
-                block.energy += phis[-1].square().sum()
-            if len(self._s_XX) == 0 or x_NX is None:
-                return PendingScores(phis, None, stride)
-            x_NX = _centred(x_NX)
-            self._s_XX.addmm_(x_NX.T, x_NX)
-            for block, phi_NF in zip(self._blocks, phis, strict=True):
-                block.q_FX.addmm_(phi_NF.T, x_NX)
-            return PendingScores(phis, x_NX, stride)
+        if len(h_ND) < 2:
+            return None
+        return PendingScores(self._basis(h_ND, x_NX), rows)
 
-    def complete(self, pending: PendingScores, dy: Tensor, step: int) -> None:
-        """Takes in the gradient that belongs to an observed forward.
+    def complete(self, pending: PendingScores, v_ND: Tensor, step: int) -> None:
+        """Takes in the gradient of an observed forward; call it without gradients and autocast.
+
+        An overflowed loss scale says nothing: what is not finite is left out.
 
         Args:
             pending: What ``observe`` returned.
-            dy: dL/dy, features last, [..., D].
+            v_ND: Rows ``pending.rows`` of dL/dy, float32.
             step: Number of the sampled step, so that a module used twice counts once.
         """
-        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            # Sampled rows stand for all of them.
-            v_ND = _centred(_rows(dy, pending.stride) * -float(pending.stride))
-            energy_D = v_ND.square().sum(dim=0) * (len(v_ND) / (len(v_ND) - 1))
-            if not math.isfinite(energy_D.sum().item()):  # an overflowed loss scale says nothing
-                return
-            for block, phi_NF in zip(self._blocks, pending.phis, strict=True):
-                begin, end = block.targets
-                block.p_FD.addmm_(phi_NF.T, v_ND[:, begin:end])
-            if pending.x_NX is not None:
-                self._m_XD.addmm_(pending.x_NX.T, v_ND)
-            self._v_energy_D += energy_D
+        finite = self._accumulate(pending.basis_GNB, v_ND, pending.rows.scale)
         if step != self._last_step:
             self._last_step = step
-            self._num_steps += 1
+            self._num_steps += finite
+
+    def _basis(self, h_ND: Tensor, x_NX: Tensor | None) -> Tensor:
+        """Features, and for a linear host their pre-activations, all centred, [G, N, B]."""
+        if self._native:
+            basis_GNB: Tensor = torch.ops.esper.growth_basis.default(
+                h_ND.contiguous(),
+                None if x_NX is None else x_NX.contiguous(),
+                self._input_XF,
+                self._output_GWF,
+                self._offset_G1F,
+                self._bounds,
+                self._linear,
+            )
+            return basis_GNB
+        u_GNF = torch.bmm(self._chunks(h_ND), self._output_GWF)
+        if x_NX is not None and self._input_XF is not None:
+            u_GNF = torch.cat([(x_NX @ self._input_XF)[None], u_GNF])
+        u_GNF = _normalized(u_GNF)
+        phi_GNF = _normalized(torch.relu(u_GNF + self._offset_G1F))
+        return torch.cat([phi_GNF, u_GNF], dim=2) if self._linear else phi_GNF
+
+    def _accumulate(self, basis_GNB: Tensor, v_ND: Tensor, scale: float) -> bool | Tensor:
+        """Adds what one gradient gives, each row standing for ``scale``; says whether it did."""
+        if self._native:
+            added: bool = torch.ops.esper.growth_accumulate.default(
+                basis_GNB,
+                v_ND.contiguous(),
+                scale,
+                self._bounds,
+                self._input_XF is not None,
+                self._gram_GBB,
+                self._input_DB,
+                self._output_GWB,
+                self._energy_D,
+            )
+            return added
+        gram_GBB = torch.bmm(basis_GNB.mT, basis_GNB)
+        output_GWB = torch.bmm(self._chunks(v_ND).mT, basis_GNB[-len(self.dormant) :])
+        finite = torch.isfinite(v_ND.sum() + gram_GBB.sum())  # a tensor: nobody waits for it
+        self._gram_GBB += gram_GBB.where(finite, 0.0)
+        self._output_GWB.add_(output_GWB.where(finite, 0.0), alpha=scale)
+        if self._input_XF is not None:
+            input_DB = v_ND.mT @ basis_GNB[0]
+            self._input_DB.add_(input_DB.where(finite, 0.0), alpha=scale)
+        variance_D = torch.var(v_ND, dim=0)
+        self._energy_D.add_(variance_D.where(finite, 0.0), alpha=len(v_ND) * scale**2)
+        return finite
+
+    def _chunks(self, rows_ND: Tensor) -> Tensor:
+        """The dormant chunks of some rows, [G, N, W]."""
+        picked = rows_ND.index_select(1, self._columns)
+        return picked.view(len(rows_ND), len(self.dormant), -1).transpose(0, 1)
 
     def scores(self) -> dict[int, list[Score]]:
         """Returns the scores of every dormant seed; empty where nothing was measured."""
-        if self._num_steps == 0:
+        num_steps = int(self._num_steps)
+        if num_steps == 0:
             return {}
         result: dict[int, list[Score]] = {seed: [] for seed in self.dormant}
-        for block in self._blocks:
-            r_FD, share = self._residual(block)
-            begin, _ = block.targets
-            unit = r_FD.shape[0] ** 0.5 * self._num_steps
-            for seed, bounds in self._seeds_of(block):
-                chunk = slice(bounds[0] - begin, bounds[1] - begin)
-                energy = self._v_energy_D[bounds[0] : bounds[1]].double().sum().item()
+        unit = math.sqrt(NUM_FEATURES) * num_steps
+        for group, cross_DB, source, targets in self._groups():
+            residual_DF, share = self._residual(self._gram_GBB[group].double(), cross_DB.double())
+            for seed, (begin, end) in targets.items():
+                energy = float(self._energy_D[slice(*self.dormant[seed])].double().sum())
                 score = Score(
-                    source=block.source,
-                    score=r_FD[:, chunk].norm().item() / unit,
-                    null_score=(share * energy) ** 0.5 / self._num_steps,
-                    gradient_score=block.p_FD[:, chunk].double().norm().item() / unit,
-                    gradient_null_score=energy**0.5 / self._num_steps,
+                    source=source,
+                    score=float(residual_DF[begin:end].norm()) / unit,
+                    null_score=math.sqrt(share * energy) / num_steps,
+                    gradient_score=float(cross_DB[begin:end, :NUM_FEATURES].double().norm()) / unit,
+                    gradient_null_score=math.sqrt(energy) / num_steps,
                 )
                 result[seed].append(score)
         return result
@@ -295,7 +279,8 @@ class GrowthProbe:
         """Returns the directions of a seed's source that the wanted update asks for most.
 
         They are the left singular vectors of R, mapped back through the random features, each
-        scaled by its singular value; float32 [Z, k] with k at most the chunk's width.
+        scaled by its singular value; float32 [Z, k] with k at most the chunk's width and the
+        number of features.
 
         Args:
             seed: A dormant seed.
@@ -304,44 +289,52 @@ class GrowthProbe:
         Returns:
             The directions; ``None`` where nothing was measured.
         """
-        for block in self._blocks:
-            for index, bounds in self._seeds_of(block):
-                if (index, block.source) == (seed, source) and self._num_steps > 0:
-                    begin, _ = block.targets
-                    r_FD, _ = self._residual(block)
-                    chunk = r_FD[:, bounds[0] - begin : bounds[1] - begin]
-                    left_Fk, values_k, _ = torch.linalg.svd(chunk, full_matrices=False)
-                    directions: Tensor = block.to_source(left_Fk.float()) * values_k.float()
-                    return directions
+        if int(self._num_steps) == 0:
+            return None
+        for group, cross_DB, group_source, targets in self._groups():
+            if group_source != source or seed not in targets:
+                continue
+            omega_ZF = self._input_XF
+            if omega_ZF is None or source == blueprint_pb2.SEED_SOURCE_OUTPUT:
+                position = list(self.dormant).index(seed)
+                omega_ZF = self._output_GWF[position, : targets[seed][1]]
+            residual_DF, _ = self._residual(self._gram_GBB[group].double(), cross_DB.double())
+            chunk_WF = residual_DF[slice(*targets[seed])]
+            left_Fk, values_k, _ = torch.linalg.svd(chunk_WF.T, full_matrices=False)
+            directions: Tensor = omega_ZF @ (left_Fk * values_k).float()
+            return directions / math.sqrt(len(omega_ZF))
         return None
 
-    def _residual(self, block: _Block) -> tuple[Tensor, float]:
-        """Returns R in float64 and the share of the features' energy outside the host's input."""
-        s_XX, q_FX = self._s_XX.double(), block.q_FX.double()
-        begin, end = block.targets
-        p_FD = block.p_FD.double()
-        if len(s_XX) == 0:
-            return p_FD, 1.0
-        ridge = _RIDGE * s_XX.diagonal().mean().clamp_min(1e-12)
-        s_XX = s_XX + ridge * torch.eye(len(s_XX), dtype=s_XX.dtype, device=s_XX.device)
-        fit_XF = torch.linalg.solve(s_XX, q_FX.T)
-        r_FD = p_FD - fit_XF.T @ self._m_XD[:, begin:end].double()
-        explained = (2.0 * (q_FX * fit_XF.T).sum() - (fit_XF * (s_XX @ fit_XF)).sum()).item()
-        return r_FD, max(0.0, 1.0 - explained / max(block.energy.item(), 1e-12))
+    def _groups(
+        self,
+    ) -> Iterator[tuple[int, Tensor, blueprint_pb2.SeedSource, dict[int, tuple[int, int]]]]:
+        """Each group with its sums, its source, and the rows of the sums that seeds own."""
+        first_output = 0
+        if self._input_XF is not None:
+            yield 0, self._input_DB, blueprint_pb2.SEED_SOURCE_INPUT, self.dormant
+            first_output = 1
+        for position, (seed, (begin, end)) in enumerate(self.dormant.items()):
+            source = blueprint_pb2.SEED_SOURCE_OUTPUT
+            sums_WB = self._output_GWB[position]
+            yield first_output + position, sums_WB, source, {seed: (0, end - begin)}
 
-    def _seeds_of(self, block: _Block) -> Iterator[tuple[int, tuple[int, int]]]:
-        for seed, bounds in self.dormant.items():
-            if block.source == blueprint_pb2.SEED_SOURCE_INPUT or bounds == block.targets:
-                yield seed, bounds
+    def _residual(self, gram_BB: Tensor, cross_DB: Tensor) -> tuple[Tensor, float]:
+        """R of a group, and the share of the features' energy that the host does not explain."""
+        if not self._linear:
+            return cross_DB, 1.0
+        f = NUM_FEATURES
+        energy = max(float(gram_BB[:f, :f].trace()), _TINY)
+        gram_uu = gram_BB[f:, f:]
+        ridge = _RIDGE * gram_uu.diagonal().mean().clamp_min(_TINY)
+        gram_uu = gram_uu + ridge * torch.eye(f, dtype=gram_uu.dtype, device=gram_uu.device)
+        fit_uF = torch.linalg.solve(gram_uu, gram_BB[f:, :f])
+        explained = float((gram_BB[f:, :f] * fit_uF).sum())
+        return cross_DB[:, :f] - cross_DB[:, f:] @ fit_uF, max(0.0, 1.0 - explained / energy)
 
 
-def _rows(tensor: Tensor, stride: int) -> Tensor:
-    """Sampled token rows in float32.
-
-    They may share memory with the model, where later layers may write in place: use them at once.
-    """
-    return tensor.detach().reshape(-1, tensor.shape[-1])[::stride].float()
-
-
-def _centred(rows: Tensor) -> Tensor:
-    return rows - rows.mean(dim=0)
+def _normalized(values_GNF: Tensor) -> Tensor:
+    """Columns centred, and each group of unit root mean square."""
+    centred_GNF = values_GNF - values_GNF.mean(dim=1, keepdim=True)
+    norm_G11 = torch.linalg.vector_norm(centred_GNF, dim=(1, 2), keepdim=True)
+    count = centred_GNF.shape[1] * centred_GNF.shape[2]
+    return centred_GNF * (math.sqrt(count) / norm_G11.clamp_min(_TINY))

@@ -12,7 +12,6 @@ from torch.utils.hooks import RemovableHandle
 from esper.common.v1 import kernel_pb2
 from esper.kasmina.grafts import Graft
 from esper.kasmina.growth import GrowthProbe
-from esper.kasmina.growth import PendingScores
 from esper.kasmina.inlets import Inlet
 from esper.kasmina.lifecycle import SeedLifecycleState
 from esper.kasmina.ops import slot_forward
@@ -21,11 +20,13 @@ from esper.kasmina.outputs import find_tensor
 from esper.kasmina.outputs import replace_tensor
 from esper.kasmina.outputs import restore_layout
 from esper.kasmina.reference import run_seed
+from esper.kasmina.rows import SampledStep
 from esper.kasmina.sites import OutputPath
 from esper.kasmina.sites import Site
 from esper.kasmina.sites import SlotState
 from esper.kasmina.sites import block_channel_axis
 from esper.kasmina.sites import chunk_bounds
+from esper.kasmina.sites import is_linear
 from esper.kasmina.sites import parameter_dtype
 from esper.kasmina.telemetry import SlotTelemetry
 
@@ -92,7 +93,7 @@ class KasminaLayer(nn.Module):
         self._graphs: tuple[int, ...] = ()
         self._reads_input = False
         self._handle: RemovableHandle | None = None
-        self._sampled_step: int | None = None
+        self._sampled_step: SampledStep | None = None
         self._num_rows = 0  # of the forward that runs
         if site.width is not None:
             self._set_width(site.width)
@@ -238,11 +239,11 @@ class KasminaLayer(nn.Module):
         self._native, self._graphs = tuple(native), tuple(graphs)
         self._update_hook()
 
-    def begin_observation(self, sampled_step: int | None) -> None:
+    def begin_observation(self, sampled_step: SampledStep | None) -> None:
         """Lets the coming forward be seen, so that the slot learns its shape.
 
         Args:
-            sampled_step: Number of the step where telemetry is sampled; None where it is not.
+            sampled_step: The forward where telemetry is sampled; None where it is not.
         """
         self._sampled_step = sampled_step
         self._num_rows = 0
@@ -413,35 +414,30 @@ class KasminaLayer(nn.Module):
         assert telemetry is not None and step is not None
         if stats is not None:
             telemetry.add_stats(self._native, stats)
-        others = [seed for seed in range(self.num_seeds) if seed not in self._native]
-        telemetry.add_idle(others, h)
         for seed, state in enumerate(self._states):
             graft = self.graft(seed)
             if graft is not None and state.computes:
                 telemetry.mark_computed(seed)
                 if self._scalars[self._first_row + seed, 1] != 0:
                     telemetry.watch_weights(seed, graft.parameters())
-        if not result.requires_grad:
-            return
-        probe = self._growth_probe(telemetry, h.device)
+        idle = tuple(seed for seed in range(self.num_seeds) if seed not in self._native)
+        self._prepare_probe(telemetry, h.device, wanted=result.requires_grad)
         readable = x if self.source_width is not None else None
-        pending = None if probe is None else probe.observe(h, readable)
-        result.register_hook(
-            partial(_take_gradient, telemetry, self.channel_axis, probe, pending, step)
-        )
+        observation = telemetry.observe(step, h, readable, idle)
+        if observation is not None and result.requires_grad:
+            result.register_hook(partial(observation.take_gradient, self.channel_axis))
 
-    def _growth_probe(self, telemetry: SlotTelemetry, device: torch.device) -> GrowthProbe | None:
-        """The slot's probe for the seeds that are dormant now; None where there is none."""
+    def _prepare_probe(self, telemetry: SlotTelemetry, device: torch.device, wanted: bool) -> None:
+        """Gives the slot a probe for the seeds that are dormant now, or none."""
         dormant = {
             seed: self.bounds[seed]
             for seed, state in enumerate(self._states)
-            if state == SeedLifecycleState.DORMANT
+            if wanted and state == SeedLifecycleState.DORMANT
         }
         if not dormant:
             telemetry.growth = None
         elif telemetry.growth is None or telemetry.growth.dormant != dormant:
             telemetry.growth = self.new_probe(dormant, device)
-        return telemetry.growth
 
     def new_probe(self, dormant: dict[int, tuple[int, int]], device: torch.device) -> GrowthProbe:
         """Returns an empty growth probe.
@@ -452,20 +448,5 @@ class KasminaLayer(nn.Module):
         """
         assert self.width is not None
         # The last module of a bridge does not see what its seeds read.
-        linear = isinstance(self.module, nn.Linear) and self.inlet.name is None
+        linear = is_linear(self.module) and self.inlet.name is None
         return GrowthProbe(dormant, self.width, self.source_width, linear, device)
-
-
-def _take_gradient(
-    telemetry: SlotTelemetry,
-    channel_axis: int | None,
-    probe: GrowthProbe | None,
-    pending: PendingScores | None,
-    step: int,
-    dy: Tensor,
-) -> None:
-    """Hook on a sampled output: takes in dL/dy and leaves it as it is."""
-    gradient = features_last(dy, channel_axis)
-    telemetry.add_output_gradient(gradient)
-    if probe is not None and pending is not None:
-        probe.complete(pending, gradient, step)

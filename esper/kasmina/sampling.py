@@ -14,6 +14,7 @@ from torch import nn
 from esper.kasmina.host_graph import node_names
 from esper.kasmina.host_graph import record_execution
 from esper.kasmina.layer import KasminaLayer
+from esper.kasmina.rows import SampledStep
 from esper.kasmina.slots import SlotTable
 
 
@@ -39,15 +40,18 @@ class SamplerState:
 class Sampler:
     """Decides for each forward what is observed; with nothing to observe it only calls the host.
 
+    Every slot is sampled in one training forward of each interval. The slots take turns, so that no
+    single step is dear.
+
     Args:
         host: The user's model.
         slots: Its slots.
         enabled: Whether telemetry is sampled at all.
-        interval: Every how many training forwards it is sampled, from the first one.
+        interval: Every how many training forwards a slot is sampled.
 
     Attributes:
         training_forwards: Forwards in training mode with gradients so far.
-        sampled_forwards: Those of them that were sampled.
+        sampled_forwards: Those of them in which slots were sampled.
         order: Modules in the order of execution of the first training forward; None before it.
     """
 
@@ -87,7 +91,7 @@ class Sampler:
 
     @property
     def interval(self) -> int:
-        """Every how many training forwards telemetry is sampled."""
+        """Every how many training forwards a slot is sampled."""
         return self._interval
 
     @interval.setter
@@ -119,7 +123,8 @@ class Sampler:
             and torch.is_grad_enabled()
             and torch._C._functorch.peek_interpreter_stack() is None
         )
-        sampled = training and self.enabled and self.training_forwards % self._interval == 0
+        sampled = self._turn(slots) if training and self.enabled else frozenset()
+        step = SampledStep(self.training_forwards)
         self.training_forwards += training
         record = training and self.order is None
         if not (sampled or record or active or self._unknown):
@@ -127,15 +132,14 @@ class Sampler:
         num_samples = _num_samples(args, kwargs)
         calls = {name: slots[name].calls for name in active}
         with contextlib.ExitStack() as stack:
-            if sampled:
-                self.sampled_forwards += 1
+            self.sampled_forwards += bool(sampled)
             for name, layer in slots.items():
                 encoder = self._fused.get(name)
                 # A hook would take the fused path from an encoder layer that runs in eval mode.
                 plain = name in active or encoder is None or encoder.training
-                if name in self._unknown or ((sampled or record) and plain):
-                    step = self.sampled_forwards if sampled else None
-                    stack.enter_context(_observed(layer, step, num_samples))
+                look = name in sampled and plain
+                if look or name in self._unknown or (record and plain):
+                    stack.enter_context(_observed(layer, step if look else None, num_samples))
             if any(name in self._fused for name in (*active, *self._unknown)):
                 stack.enter_context(_fused_path_off())
             if record:
@@ -147,6 +151,15 @@ class Sampler:
                 if slots[name].calls == before:
                     self._report_missed(slots[name])
         return output
+
+    def _turn(self, slots: SlotTable) -> frozenset[str]:
+        """Names of the slots that the coming forward samples."""
+        position = self.training_forwards % self._interval
+        return frozenset(
+            name
+            for number, name in enumerate(slots)
+            if number * self._interval // len(slots) == position
+        )
 
     def _report_missed(self, layer: KasminaLayer) -> None:
         layer.missed_steps += 1
@@ -160,7 +173,9 @@ class Sampler:
 
 
 @contextlib.contextmanager
-def _observed(layer: KasminaLayer, step: int | None, num_samples: int | None) -> Iterator[None]:
+def _observed(
+    layer: KasminaLayer, step: SampledStep | None, num_samples: int | None
+) -> Iterator[None]:
     layer.begin_observation(step)
     try:
         yield

@@ -315,6 +315,13 @@ def host_flops_per_token(module: nn.Module) -> int | None:
     return None
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is linear in its input, and free to be any such function of its size."""
+    if isinstance(module, _ConvNd):
+        return module.groups == 1
+    return isinstance(module, nn.Linear)
+
+
 def parameter_dtype(module: nn.Module) -> torch.dtype | None:
     """Returns the type of a module's first floating-point parameter; None where it has none."""
     for parameter in module.parameters():

@@ -1,8 +1,9 @@
 """What one slot has shown on sampled steps since it was last asked.
 
-Chunk statistics come from the operator's own pass and merge natively without cancellation; sums of
-squared gradients stay on the device until the epoch ends, so that sampling costs no
-synchronisation.
+Seeds that compute are measured by the operator's own pass over every row; everything else looks at
+a bounded sample of rows, so that its cost does not grow with the batch. Statistics merge natively
+without cancellation; sums over gradients stay on the device until the epoch ends, so that sampling
+costs no synchronisation.
 """
 
 import math
@@ -19,15 +20,22 @@ from torch.utils.hooks import RemovableHandle
 from esper import _C
 from esper.common.v1 import signal_pb2
 from esper.kasmina.growth import GrowthProbe
+from esper.kasmina.growth import PendingScores
 from esper.kasmina.growth import ProbeState
 from esper.kasmina.ops import NUM_STATS
 from esper.kasmina.ops import SeedPlan
 from esper.kasmina.ops import slot_forward
+from esper.kasmina.outputs import features_last
 from esper.kasmina.reference import Energy
+from esper.kasmina.rows import RowSample
+from esper.kasmina.rows import SampledStep
 
 Bounds = tuple[int, int]
 
 _COLUMN = {name: index for index, name in enumerate(_C.STATS_COLUMNS)}
+_OF_THE_SEED = slice(_COLUMN["nonfinite_rows"], _COLUMN["g_energy"] + 1)
+_MAX_IDLE_ROWS = 64  # rows of a call whose statistics are taken where no seed computes
+_NO_ALPHA = torch.zeros(1, 3)
 _MAX_PENDING = 64  # small tensors kept on the device before they are merged
 
 
@@ -55,14 +63,17 @@ class TelemetryState:
 
     Attributes:
         stats: Statistics of the chunks, float64 [seeds, len(STATS_COLUMNS)].
-        output_gradient: Sum of squares (float64, shape []) and count by seed; None for no sum.
-        weight_gradient: The same of the seeds' own parameters.
+        gradient_squares_D: Sum of squares of dL/dy by feature; None where it was not seen.
+        num_gradient_rows: Rows in that sum.
+        weight_gradient: Sum of squares (float64, shape []) and count of the seeds' own parameters'
+            gradients, by seed; None for no sum.
         computed: Whether each seed took part in a sampled forward.
         growth: What its growth probe has gathered; None where there is none.
     """
 
     stats: Tensor
-    output_gradient: list[tuple[Tensor | None, int]]
+    gradient_squares_D: Tensor | None
+    num_gradient_rows: int
     weight_gradient: list[tuple[Tensor | None, int]]
     computed: list[bool]
     growth: ProbeState | None
@@ -77,8 +88,9 @@ class SlotTelemetry:
 
     def __init__(self, bounds: Sequence[Bounds]) -> None:
         self._bounds = tuple(bounds)
-        self.growth: GrowthProbe | None = None
         self.last_growth: GrowthProbe | None = None  # as it was drained last
+        self._idle: tuple[int, ...] = ()
+        self._idle_plan: list[int] = []
         self._reset()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SlotTelemetry":
@@ -89,7 +101,9 @@ class SlotTelemetry:
         num_seeds = len(self._bounds)
         self._stats = np.zeros((num_seeds, NUM_STATS))
         self._pending: list[tuple[tuple[int, ...], Tensor]] = []
-        self._output_gradient = [_SquareSum() for _ in range(num_seeds)]
+        self.growth: GrowthProbe | None = None
+        self._gradient_squares_D: Tensor | None = None
+        self._num_gradient_rows = 0
         self._weight_gradient = [_SquareSum() for _ in range(num_seeds)]
         self._watches: list[dict[int, RemovableHandle]] = [{} for _ in range(num_seeds)]
         self._computed = [False] * num_seeds
@@ -99,7 +113,8 @@ class SlotTelemetry:
         self._merge_pending()
         return TelemetryState(
             torch.from_numpy(self._stats.copy()),
-            [(total.total, total.count) for total in self._output_gradient],
+            self._gradient_squares_D,
+            self._num_gradient_rows,
             [(total.total, total.count) for total in self._weight_gradient],
             list(self._computed),
             None if self.growth is None else self.growth.state(),
@@ -114,7 +129,9 @@ class SlotTelemetry:
         """
         self._reset()
         self._stats[:] = state.stats.numpy()
-        self._output_gradient = [_SquareSum(*total) for total in state.output_gradient]
+        if state.gradient_squares_D is not None:
+            self._gradient_squares_D = state.gradient_squares_D.clone()
+        self._num_gradient_rows = state.num_gradient_rows
         self._weight_gradient = [_SquareSum(*total) for total in state.weight_gradient]
         self._computed = list(state.computed)
         self.growth = growth
@@ -149,26 +166,48 @@ class SlotTelemetry:
         rows[0, _COLUMN["g_energy"]] = energy.g_energy
         self._add_rows([seed], rows)
 
-    def add_idle(self, seeds: Sequence[int], h: Tensor) -> None:
-        """Measures the chunks of seeds that the operator did not compute.
+    def observe(
+        self, step: SampledStep, h: Tensor, x: Tensor | None, idle: tuple[int, ...]
+    ) -> "Observation | None":
+        """Takes in one sampled forward; looks at a sample of its rows and changes no tensor.
 
         Args:
-            seeds: Their indices, in ascending order.
+            step: The forward.
             h: The slot's own output, features last, [..., D].
+            x: Its input, [..., X] with the rows of h; None where no seed can read it.
+            idle: Seeds that the operator did not compute, in ascending order.
+
+        Returns:
+            What takes in the gradient; None where there are no rows.
         """
-        if not seeds or h.numel() == 0:
+        if h.numel() == 0:
+            return None
+        rows = step.rows(h)
+        with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+            h_ND = rows.take(h)
+            self._add_idle(idle, h_ND)
+            pending = None
+            if self.growth is not None:
+                x_NX = None if x is None else rows.take(x).float()
+                pending = self.growth.observe(h_ND.float(), x_NX, rows)
+        return Observation(self, rows, step.number, self.growth, pending)
+
+    def _add_idle(self, seeds: tuple[int, ...], h_ND: Tensor) -> None:
+        """Measures the chunks of seeds that the operator did not compute."""
+        if not seeds:
             return
-        # A seed whose function is zero: the operator's statistics have one definition.
-        plan: list[int] = []
-        params: list[Tensor] = []
-        for seed in seeds:
-            begin, end = self._bounds[seed]
-            plan += SeedPlan(0, begin, end - begin, "output", "affine", len(params)).pack()
-            params.append(torch.zeros(end - begin, dtype=h.dtype, device=h.device))
-        with torch.no_grad():
-            _, rows = slot_forward(h.detach(), None, params, torch.zeros(1, 3), plan, True)
-        for name in ("nonfinite_rows", "g_energy"):  # of the stand-in, not of the seed
-            rows[:, _COLUMN[name]] = 0.0
+        h_ND = h_ND[:: -(-len(h_ND) // _MAX_IDLE_ROWS)]
+        if seeds != self._idle:
+            # Seeds whose function is zero: the operator's statistics have one definition.
+            self._idle, self._idle_plan = tuple(seeds), []
+            for number, seed in enumerate(seeds):
+                begin, end = self._bounds[seed]
+                stand_in = SeedPlan(0, begin, end - begin, "output", "affine", number)
+                self._idle_plan += stand_in.pack()
+        zeros_D = h_ND.new_zeros(h_ND.shape[1])
+        params = [zeros_D[slice(*self._bounds[seed])] for seed in seeds]
+        _, rows = slot_forward(h_ND, None, params, _NO_ALPHA, self._idle_plan, True)
+        rows[:, _OF_THE_SEED] = 0.0  # the stand-in's
         self._add_rows(seeds, rows)
 
     def _add_rows(self, seeds: Sequence[int], rows: Tensor) -> None:
@@ -183,14 +222,17 @@ class SlotTelemetry:
             _C.merge_stats(self._stats, measured)
         self._pending.clear()
 
-    def add_output_gradient(self, dy: Tensor) -> None:
-        """Takes in dL/dy of one sampled forward, features last, [..., D]."""
-        rows = dy.detach().reshape(-1, dy.shape[-1])
-        if len(rows) == 0:
-            return
-        squares_D = rows.square().sum(dim=0, dtype=torch.float64)
-        for (begin, end), total in zip(self._bounds, self._output_gradient, strict=True):
-            total.add(squares_D[begin:end].sum(), len(rows) * (end - begin))
+    def add_gradient(self, observation: "Observation", dy: Tensor) -> None:
+        """Takes in dL/dy of an observed forward, features last, [..., D]."""
+        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+            dy_ND = observation.rows.take(dy).float()
+            squares_D = dy_ND.square().sum(dim=0)
+            if self._gradient_squares_D is not None:
+                squares_D += self._gradient_squares_D
+            self._gradient_squares_D = squares_D
+            self._num_gradient_rows += len(dy_ND)
+            if observation.probe is not None and observation.pending is not None:
+                observation.probe.complete(observation.pending, dy_ND, observation.step)
 
     def watch_weights(self, seed: int, parameters: Iterable[nn.Parameter]) -> None:
         """Measures the parameters' gradients once, as soon as the coming backward has them."""
@@ -230,7 +272,6 @@ class SlotTelemetry:
                 _set(message, "gradient_score", _finite(score.gradient_score))
                 _set(message, "gradient_null_score", _finite(score.gradient_null_score))
         self.last_growth = self.growth
-        self.growth = None
         self._reset()
         return signals
 
@@ -248,9 +289,40 @@ class SlotTelemetry:
             signal.num_nonfinite_rows = int(row["nonfinite_rows"])
             if row["h_energy"] > 0:
                 _set(signal, "relative_energy", _finite(row["g_energy"] / row["h_energy"]))
-        _set(signal, "output_gradient_norm", self._output_gradient[seed].root_mean())
+        _set(signal, "output_gradient_norm", self._output_gradient_norm(*self._bounds[seed]))
         _set(signal, "weight_gradient_norm", self._weight_gradient[seed].root_mean())
         return signal
+
+
+    def _output_gradient_norm(self, begin: int, end: int) -> float | None:
+        """Root mean square of dL/dy over a chunk; None where it was not seen or is not finite."""
+        if self._gradient_squares_D is None:
+            return None
+        total = float(self._gradient_squares_D[begin:end].double().sum())
+        return _finite(math.sqrt(total / (self._num_gradient_rows * (end - begin))))
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A sampled forward that waits for its backward.
+
+    Attributes:
+        telemetry: What it belongs to.
+        rows: The rows that were looked at.
+        step: Number of the forward.
+        probe: Scores the chunks that were dormant then; None where there was none.
+        pending: What the probe wants of the gradient; None where it wants nothing.
+    """
+
+    telemetry: SlotTelemetry
+    rows: RowSample
+    step: int
+    probe: GrowthProbe | None
+    pending: PendingScores | None
+
+    def take_gradient(self, channel_axis: int | None, dy: Tensor) -> None:
+        """Tensor hook: takes in dL/dy in the host's own layout and leaves it as it is."""
+        self.telemetry.add_gradient(self, features_last(dy, channel_axis))
 
 
 def _finite(value: float) -> float | None:
