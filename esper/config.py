@@ -191,7 +191,8 @@ class EsperConfig:
             share. Above 0 and below 1.
         evaluation_interval: Every how many epochs the held-out loss is measured; trials are held
             when they are due, and the last epoch is always measured.
-        telemetry_interval: Every how many training forwards telemetry is sampled.
+        telemetry_interval: Every how many training forwards a slot is sampled. None leaves it as
+            the model has it: as many as it has slots, but at least 8.
         lockstep_timeout_s: Longest wait for the plane in ``lockstep`` mode, in seconds; a plane
             that is slower, or away for longer, counts as dead.
     """
@@ -206,7 +207,7 @@ class EsperConfig:
     accept: str = "paired"
     significance: float = 0.05
     evaluation_interval: int = 1
-    telemetry_interval: int = 8
+    telemetry_interval: int | None = None
     lockstep_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
@@ -227,10 +228,10 @@ class EsperConfig:
             "it must be at least 1 epoch",
         )
         _require(
-            self.telemetry_interval >= 1,
+            self.telemetry_interval is None or self.telemetry_interval >= 1,
             "telemetry_interval",
             self.telemetry_interval,
-            "it must be at least 1 forward",
+            "it must be at least 1 forward or None",
         )
         _require(
             self.lockstep_timeout_s > 0,

@@ -335,6 +335,7 @@ class GrowthProbe:
 def _normalized(values_GNF: Tensor) -> Tensor:
     """Columns centred, and each group of unit root mean square."""
     centred_GNF = values_GNF - values_GNF.mean(dim=1, keepdim=True)
-    norm_G11 = torch.linalg.vector_norm(centred_GNF, dim=(1, 2), keepdim=True)
+    norm_G11: Tensor = torch.linalg.vector_norm(centred_GNF, dim=(1, 2), keepdim=True)
     count = centred_GNF.shape[1] * centred_GNF.shape[2]
-    return centred_GNF * (math.sqrt(count) / norm_G11.clamp_min(_TINY))
+    scale_G11: Tensor = math.sqrt(count) / norm_G11.clamp_min(_TINY)
+    return centred_GNF * scale_G11

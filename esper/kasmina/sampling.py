@@ -17,6 +17,8 @@ from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.rows import SampledStep
 from esper.kasmina.slots import SlotTable
 
+_LEAST_INTERVAL = 8
+
 
 @dataclass(frozen=True, slots=True)
 class SamplerState:
@@ -47,7 +49,6 @@ class Sampler:
         host: The user's model.
         slots: Its slots.
         enabled: Whether telemetry is sampled at all.
-        interval: Every how many training forwards a slot is sampled.
 
     Attributes:
         training_forwards: Forwards in training mode with gradients so far.
@@ -55,9 +56,9 @@ class Sampler:
         order: Modules in the order of execution of the first training forward; None before it.
     """
 
-    def __init__(self, host: nn.Module, slots: SlotTable, enabled: bool, interval: int) -> None:
+    def __init__(self, host: nn.Module, slots: SlotTable, enabled: bool) -> None:
         self.enabled = enabled
-        self._interval = interval
+        self._interval = max(_LEAST_INTERVAL, len(slots))  # mostly one slot a step, never more
         self.training_forwards = 0
         self.sampled_forwards = 0
         self.order: list[str] | None = None

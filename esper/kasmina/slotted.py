@@ -93,7 +93,7 @@ class SlottedModel(nn.Module):
             (layer.name, seed) for layer in self.slots.values() for seed in range(layer.num_seeds)
         ]
         self._active: dict[str, None] = {}  # slots with seeds that compute, in order of arrival
-        self._sampler = Sampler(host, self.slots, telemetry_enabled, interval=8)
+        self._sampler = Sampler(host, self.slots, telemetry_enabled)
         self.training = host.training
         for module in self.slots.modules():
             module.training = host.training
@@ -249,7 +249,11 @@ class SlottedModel(nn.Module):
 
     @property
     def telemetry_interval(self) -> int:
-        """Every how many training forwards telemetry is sampled; default 8."""
+        """Every how many training forwards a slot is sampled; the slots take turns.
+
+        Default: as many forwards as there are slots, but at least 8, so that no forward samples
+        more than one slot.
+        """
         return self._sampler.interval
 
     @telemetry_interval.setter

@@ -91,6 +91,7 @@ class SlotTelemetry:
         self.last_growth: GrowthProbe | None = None  # as it was drained last
         self._idle: tuple[int, ...] = ()
         self._idle_plan: list[int] = []
+        self._idle_params: list[Tensor] = []
         self._reset()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SlotTelemetry":
@@ -197,16 +198,19 @@ class SlotTelemetry:
         if not seeds:
             return
         h_ND = h_ND[:: -(-len(h_ND) // _MAX_IDLE_ROWS)]
-        if seeds != self._idle:
+        zeros = self._idle_params
+        if seeds != self._idle or zeros[0].dtype != h_ND.dtype or zeros[0].device != h_ND.device:
             # Seeds whose function is zero: the operator's statistics have one definition.
-            self._idle, self._idle_plan = tuple(seeds), []
+            self._idle, self._idle_plan = seeds, []
             for number, seed in enumerate(seeds):
                 begin, end = self._bounds[seed]
                 stand_in = SeedPlan(0, begin, end - begin, "output", "affine", number)
                 self._idle_plan += stand_in.pack()
-        zeros_D = h_ND.new_zeros(h_ND.shape[1])
-        params = [zeros_D[slice(*self._bounds[seed])] for seed in seeds]
-        _, rows = slot_forward(h_ND, None, params, _NO_ALPHA, self._idle_plan, True)
+            zeros = [
+                h_ND.new_zeros(end - begin) for begin, end in map(self._bounds.__getitem__, seeds)
+            ]
+            self._idle_params = zeros
+        _, rows = slot_forward(h_ND, None, zeros, _NO_ALPHA, self._idle_plan, True)
         rows[:, _OF_THE_SEED] = 0.0  # the stand-in's
         self._add_rows(seeds, rows)
 
@@ -292,7 +296,6 @@ class SlotTelemetry:
         _set(signal, "output_gradient_norm", self._output_gradient_norm(*self._bounds[seed]))
         _set(signal, "weight_gradient_norm", self._weight_gradient[seed].root_mean())
         return signal
-
 
     def _output_gradient_norm(self, begin: int, end: int) -> float | None:
         """Root mean square of dL/dy over a chunk; None where it was not seen or is not finite."""

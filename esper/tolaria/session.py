@@ -157,7 +157,8 @@ class Session:
         self.run = uuid.uuid4().hex if resume is None else resume.record.run
         self.history = History()
         self.cost = TrainingCost(model, loss, held_out)
-        model.telemetry_interval = self._config.telemetry_interval
+        if self._config.telemetry_interval is not None:
+            model.telemetry_interval = self._config.telemetry_interval
         model.observers.append(self._on_transition)
         self._protocol = GraftProtocol(model, optimizer, self._config.graft)
         self._parts = TrainingParts(model, [optimizer], self._protocol, stateful or {})

@@ -5,9 +5,12 @@ import torch
 from torch import nn
 
 from esper.common.v1 import blueprint_pb2
-from esper.kasmina import growth
 from esper.kasmina import wrap
+from esper.kasmina.growth import NUM_FEATURES
 from esper.kasmina.growth import GrowthProbe
+from esper.kasmina.rows import MAX_ROWS
+from esper.kasmina.rows import RowSample
+from esper.kasmina.rows import SampledStep
 
 INPUT = blueprint_pb2.SEED_SOURCE_INPUT
 OUTPUT = blueprint_pb2.SEED_SOURCE_OUTPUT
@@ -18,11 +21,19 @@ def by_source(scores):
     return {score.source: score for score in scores}
 
 
+ALL = RowSample(None, 1.0)
+
+
 def measured(probe, h, x, dy, step=0):
-    pending = probe.observe(h, x)
+    pending = probe.observe(h, x, ALL)
     assert pending is not None
     probe.complete(pending, dy, step)
     return {seed: by_source(found) for seed, found in probe.scores().items()}
+
+
+def features(probe, h, x):
+    """What the probe's candidate seeds compute of the input, [N, F]."""
+    return probe.observe(h, x, ALL).basis_GNB[0, :, :NUM_FEATURES]
 
 
 def test_score_without_a_linear_host_is_the_gradient_of_the_fan_out():
@@ -34,8 +45,7 @@ def test_score_without_a_linear_host_is_the_gradient_of_the_fan_out():
     y = h.clone().requires_grad_()
     (dy,) = torch.autograd.grad(((y - target) ** 2).mean(), y)
     scores = measured(probe, h, x, dy)
-    block = probe._blocks[0]
-    phi = block.features(x)
+    phi = features(probe, h, x)
     fan_out = torch.zeros(phi.shape[1], 6, requires_grad=True)
     loss = ((h + phi @ fan_out - target) ** 2).mean()
     (gradient,) = torch.autograd.grad(loss, fan_out)
@@ -51,7 +61,7 @@ def test_for_a_linear_slot_what_the_host_could_learn_itself_is_projected_out():
     dy = torch.randn(400, 3) + x @ torch.randn(5, 3) + 1.0
     probe = GrowthProbe({0: (0, 3)}, 3, 5, True, CPU)
     scores = measured(probe, torch.randn(400, 3), x, dy)
-    phi = probe._blocks[0].features(x).double()
+    phi = features(probe, torch.zeros(400, 3), x).double()
     regressors = torch.cat([x, torch.ones(400, 1)], dim=1).double()
     fit = torch.linalg.lstsq(regressors, -dy.double()).solution
     residual = -dy.double() - regressors @ fit
@@ -91,27 +101,48 @@ def test_what_the_linear_host_can_express_scores_nothing():
     assert expressible.score < 0.1 * expressible.null_score
 
 
-def test_wide_inputs_skip_the_projection(monkeypatch):
-    monkeypatch.setattr(growth, "MAX_LINEAR_WIDTH", 4)
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("input_width", [None, 5, 40])
+def test_the_native_sums_are_those_of_torch(linear, input_width):
+    """Chunks of unequal width, one seed that is not dormant, and two steps."""
     torch.manual_seed(0)
-    x, h, dy = torch.randn(60, 5), torch.randn(60, 3), torch.randn(60, 3)
-    assert measured(GrowthProbe({0: (0, 3)}, 3, 5, True, CPU), h, x, dy) == measured(
-        GrowthProbe({0: (0, 3)}, 3, 5, False, CPU), h, x, dy
-    )
+    native = GrowthProbe({0: (0, 12), 1: (12, 23), 3: (34, 45)}, 45, input_width, linear, CPU)
+    plain = copy.deepcopy(native)
+    plain._native = False
+    rows = RowSample(None, 2.5)
+    for step in range(2):
+        h, dy = torch.randn(71, 45), torch.randn(71, 45) + 1.0
+        x = None if input_width is None else torch.randn(71, input_width) + 3.0
+        for probe in (native, plain):
+            probe.complete(probe.observe(h, x, rows), dy, step)
+    found, expected = native.scores(), plain.scores()
+    assert found.keys() == expected.keys() == {0, 1, 3}
+    for seed, scores in found.items():
+        assert len(scores) == (1 if input_width is None else 2)
+        for ours, theirs in zip(scores, expected[seed], strict=True):
+            assert ours.source == theirs.source
+            assert ours.score == pytest.approx(theirs.score, rel=1e-3)
+            assert ours.null_score == pytest.approx(theirs.null_score, rel=1e-3)
 
 
-def test_rows_are_sampled_without_bias(monkeypatch):
+def test_rows_are_sampled_without_bias():
     torch.manual_seed(0)
-    x = torch.randn(8000, 4)
+    x = torch.randn(40, 200, 4)
     dy = torch.relu(x @ torch.randn(4, 3)) / 8000
-    full = measured(GrowthProbe({0: (0, 3)}, 3, 4, False, CPU), x[:, :3], x, dy)
-    monkeypatch.setattr(growth, "MAX_ROWS", 2000)
+    full = measured(
+        GrowthProbe({0: (0, 3)}, 3, 4, False, CPU),
+        x[..., :3].flatten(0, 1),
+        x.flatten(0, 1),
+        dy.flatten(0, 1),
+    )
     probe = GrowthProbe({0: (0, 3)}, 3, 4, False, CPU)
-    pending = probe.observe(x[:, :3], x)
-    assert len(pending.phis[0]) == 2000
-    probe.complete(pending, dy, 0)
+    for step in range(40):
+        rows = SampledStep(step).rows(x)
+        h_rows, x_rows, dy_rows = (rows.take(t) for t in (x[..., :3], x, dy))
+        assert len(x_rows) == MAX_ROWS
+        probe.complete(probe.observe(h_rows, x_rows, rows), dy_rows, step)
     sampled = by_source(probe.scores()[0])
-    assert sampled[INPUT].score == pytest.approx(full[0][INPUT].score, rel=0.1)
+    assert sampled[INPUT].score == pytest.approx(full[0][INPUT].score, rel=0.05)
 
 
 def test_steps_average_and_calls_of_one_step_add_up():
@@ -133,13 +164,18 @@ def test_an_overflowed_gradient_is_not_measured(value):
     probe = GrowthProbe({0: (0, 3)}, 3, 4, False, CPU)
     dy = torch.zeros(10, 3)
     dy[4, 1] = value
-    assert measured(probe, torch.randn(10, 3), torch.randn(10, 4), dy) == {}
+    torch.manual_seed(0)
+    h, x = torch.randn(10, 3), torch.randn(10, 4)
+    assert measured(probe, h, x, dy) == {}
+    assert measured(probe, h, dy.new_full((10, 4), value), h, step=1) == {}
+    clean = GrowthProbe({0: (0, 3)}, 3, 4, False, CPU)
+    assert measured(probe, h, x, h, step=2) == measured(clean, h, x, h)
 
 
 def test_no_rows_and_no_input_measure_nothing():
     probe = GrowthProbe({0: (0, 3)}, 3, 4, False, CPU)
-    assert probe.observe(torch.zeros(0, 3), torch.zeros(0, 4)) is None
-    assert probe.observe(torch.zeros(5, 3), None) is None
+    assert probe.observe(torch.zeros(0, 3), torch.zeros(0, 4), ALL) is None
+    assert probe.observe(torch.zeros(5, 3), None, ALL) is None
     assert probe.scores() == {}
 
 

@@ -37,23 +37,36 @@ def hooks_during_forward(model):
     return seen
 
 
-def test_only_every_nth_training_forward_is_sampled():
+def test_slots_take_turns_and_each_is_sampled_once_an_interval():
     model = wrap(host())
     assert model.telemetry_interval == 8
-    model.telemetry_interval = 3
+    model.telemetry_interval = 4
     seen = hooks_during_forward(model)
-    for _ in range(7):
+    sampled = []
+    for _ in range(9):
         model(X)
-    # The first one also notes the order of execution, by a hook of its own.
-    assert seen == [2, 0, 0, 1, 0, 0, 1]
+        sampled.append([s.slot for s in model.collect_signals(0) if s.HasField("num_samples")][:1])
+    # The first one also notes the order of execution and learns the shapes, by hooks of its own.
+    assert seen == [2, 0, 0, 0, 1, 0, 0, 0, 1]
+    assert sampled == [["0"], [], ["2"], [], ["0"], [], ["2"], [], ["0"]]
     stats = model.get_model_stats()
-    assert (stats.training_forwards, stats.sampled_forwards) == (7, 3)
+    assert (stats.training_forwards, stats.sampled_forwards) == (9, 5)
     with torch.no_grad():
         model(X)
     model.eval()
     model(X)
-    assert seen[7:] == [0, 0]
-    assert model.get_model_stats().training_forwards == 7
+    assert seen[9:] == [0, 0]
+    assert model.get_model_stats().training_forwards == 9
+
+
+def test_many_slots_are_sampled_one_at_a_time():
+    model = wrap(nn.Sequential(*[nn.Linear(6, 6) for _ in range(20)]), preserve_original=False)
+    assert model.telemetry_interval == 20
+    for _ in range(20):
+        model(X)
+        measured = {s.slot for s in model.collect_signals(0) if s.HasField("num_samples")}
+        assert len(measured) == 1
+    assert model.get_model_stats().sampled_forwards == 20
 
 
 def test_without_telemetry_only_the_first_forward_is_looked_at():
