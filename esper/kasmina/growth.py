@@ -31,7 +31,7 @@ from torch import Tensor
 from esper.common.v1 import blueprint_pb2
 from esper.kasmina.rows import RowSample
 
-NUM_FEATURES = 16
+NUM_FEATURES = 32
 """Random features of each source."""
 
 _RIDGE = 1e-6  # lambda over the mean diagonal of sum u u^T

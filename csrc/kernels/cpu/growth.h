@@ -5,7 +5,7 @@
 
 namespace esper::cpu {
 
-inline constexpr std::int64_t kGrowthFeatures = 16;  // F: one vector of floats
+inline constexpr std::int64_t kGrowthFeatures = 32;  // F: a vector of floats
 
 // Half-open range of the output's columns that a dormant seed owns.
 struct GrowthChunk {
