@@ -5,6 +5,10 @@ step count: Adam moments padded with zeros under the host's step count would shr
 Its learning rate follows the host's parameter group, schedulers included. At fossilisation the
 parameters join the user's group together with their state; adding a *group* after a scheduler was
 made breaks most schedulers of torch, extending an existing group breaks none.
+
+All options of the group are followed, so that schedules of momentum or weight decay count too. A
+seed belongs to the group that holds its host's parameters; where that optimizer cannot train it
+(``Muon`` takes matrices only, ``SparseAdam`` sparse gradients) the next one that can takes it.
 """
 
 import inspect
@@ -15,11 +19,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim import LBFGS
 from torch.optim import Optimizer
+from torch.optim import SparseAdam
 
 from esper.tolaria import optimizer_state
+from esper.tolaria.gradients import GradientsAside
 from esper.tolaria.optimizer_state import OptimizerState
 
 
@@ -40,18 +48,87 @@ def host_group_index(optimizer: Optimizer, host_parameters: Iterable[nn.Paramete
     return 0
 
 
+def find_home(
+    optimizers: Sequence[Optimizer],
+    host_parameters: Iterable[nn.Parameter],
+    newborns: Sequence[nn.Parameter],
+) -> tuple[Optimizer, int]:
+    """Returns the optimizer and the index of its group that a seed's parameters shall join.
+
+    Args:
+        optimizers: The user's optimizers.
+        host_parameters: Parameters of the module that the slot sits on; may be empty.
+        newborns: The seed's parameters.
+
+    Raises:
+        ValueError: If no optimizer takes them.
+    """
+    held = list(host_parameters)
+    wanted = {id(parameter) for parameter in held}
+
+    def is_away(optimizer: Optimizer) -> bool:
+        groups = optimizer.param_groups
+        return not any(id(parameter) in wanted for group in groups for parameter in group["params"])
+
+    refusal: ValueError | None = None
+    for optimizer in sorted(optimizers, key=is_away):
+        index = host_group_index(optimizer, held)
+        try:
+            check_class(optimizer)
+            _twin(optimizer, optimizer.param_groups[index], list(newborns))
+        except ValueError as error:
+            refusal = refusal or error
+            continue
+        return optimizer, index
+    assert refusal is not None, "there is at least one optimizer"
+    raise refusal
+
+
+def check_all(optimizers: Sequence[Optimizer]) -> None:
+    """Refuses optimizers of which none can train newborns.
+
+    Raises:
+        ValueError: As ``check_supported``, for the first one; or if there is no optimizer.
+    """
+    if not optimizers:
+        raise ValueError("optimizer is an empty sequence, but a session needs at least one")
+    refusals: list[ValueError] = []
+    for optimizer in optimizers:
+        try:
+            check_supported(optimizer)
+        except ValueError as error:
+            refusals.append(error)
+    if len(refusals) == len(optimizers):
+        raise refusals[0]
+
+
+def check_class(optimizer: Optimizer) -> None:
+    """Refuses the classes of optimizers that no newborn can be trained by.
+
+    Raises:
+        ValueError: For LBFGS, whose state is one vector over all parameters, and SparseAdam, which
+            takes sparse gradients only.
+    """
+    if isinstance(optimizer, LBFGS):
+        raise ValueError(
+            "optimizer is LBFGS, but its state is one vector over all parameters, which cannot "
+            "grow; use any other torch.optim optimizer"
+        )
+    if isinstance(optimizer, SparseAdam):
+        raise ValueError(
+            "optimizer is SparseAdam, but the gradients of newborns are dense; give the session a "
+            "second optimizer that trains the other parameters"
+        )
+
+
 def check_supported(optimizer: Optimizer) -> None:
     """Refuses an optimizer that newborns cannot be trained beside.
 
     Raises:
-        ValueError: For LBFGS, which re-evaluates the whole model inside one step, and for a class
-            that cannot be made anew from a parameter group.
+        ValueError: For a class that ``check_class`` refuses, and for one that cannot be made anew
+            from a parameter group.
     """
-    if isinstance(optimizer, LBFGS):
-        raise ValueError(
-            "optimizer is LBFGS, but a growing model needs an optimizer with one update per "
-            "step; use any other torch.optim optimizer"
-        )
+    check_class(optimizer)
     for group in optimizer.param_groups:
         # Two axes: some optimizers take matrices only, and what they refuse is known per seed.
         _twin(optimizer, group, [nn.Parameter(torch.zeros(1, 1))])
@@ -80,6 +157,12 @@ class NewbornOptimizer:
         learning_rate_scale: Newborn learning rate over the group's present one.
         warmup_steps: Steps over which the learning rate rises linearly to its full value.
         names: Names of the parameters, for an optimizer that was made from named parameters.
+        witnesses: Parameters of the slot's module, see ``GradientsAside``.
+        scaler: The scaler of the user's loss; the newborn is stepped through it, as the user's
+            optimizers are.
+
+    Attributes:
+        host_optimizer: The user's optimizer.
 
     Raises:
         ValueError: If the user's optimizer takes no such parameters.
@@ -94,8 +177,10 @@ class NewbornOptimizer:
         learning_rate_scale: float = 1.0,
         warmup_steps: int = 0,
         names: Sequence[str] = (),
+        witnesses: Iterable[nn.Parameter] = (),
+        scaler: GradScaler | None = None,
     ) -> None:
-        self._user_optimizer = optimizer
+        self.host_optimizer = optimizer
         self._group_index = group_index
         self._learning_rate_scale = learning_rate_scale
         self._warmup_steps = warmup_steps
@@ -104,27 +189,35 @@ class NewbornOptimizer:
         self._names = list(names)
         group = optimizer.param_groups[group_index]
         self._optimizer = _twin(optimizer, group, self._parameters)
+        self._scaler = scaler
+        self._gradients = GradientsAside(self._parameters, witnesses)
 
     @property
     def learning_rate(self) -> float:
         """Learning rate that the next step will use."""
-        group = self._user_optimizer.param_groups[self._group_index]
+        group = self.host_optimizer.param_groups[self._group_index]
         progress = (self._num_steps + 1) / (self._warmup_steps + 1)
         return float(group["lr"]) * self._learning_rate_scale * min(1.0, progress)
 
     def step(self) -> None:
         """Updates the parameters that have gradients, then clears all gradients."""
-        if any(parameter.grad is not None for parameter in self._parameters):
+        if self._gradients.put_back():
+            followed = _options(self.host_optimizer.param_groups[self._group_index])
+            rate, theirs = self.learning_rate, followed["lr"]
+            own = torch.full_like(theirs, rate) if isinstance(theirs, Tensor) else rate
             for group in self._optimizer.param_groups:
-                group["lr"] = self.learning_rate
-            self._optimizer.step()
+                group.update(followed, lr=own)
+            if self._scaler is None:
+                self._optimizer.step()
+            else:  # it unscales, and skips what has overflowed
+                self._scaler.step(self._optimizer)
             self._num_steps += 1
-        self.clear()
+        self._gradients.drop()
 
-    def clear(self) -> None:
-        """Drops the gradients without a step."""
-        for parameter in self._parameters:
-            parameter.grad = None
+    def close(self) -> None:
+        """Lets go of the parameters and their gradients."""
+        self._gradients.drop()
+        self._gradients.close()
 
     def state(self, names: Mapping[nn.Parameter, str]) -> NewbornState:
         """Returns the optimizer's state; the tensors are its own.
@@ -146,13 +239,20 @@ class NewbornOptimizer:
 
     def graduate(self) -> None:
         """Moves parameters and their state into the user's group; this object is then done."""
-        group = self._user_optimizer.param_groups[self._group_index]
+        self._gradients.put_back()
+        self._gradients.close()
+        group = self.host_optimizer.param_groups[self._group_index]
         group["params"].extend(self._parameters)
         if "param_names" in group:  # an optimizer made from named_parameters()
             group["param_names"].extend(self._names)
         for parameter in self._parameters:
             if parameter in self._optimizer.state:
-                self._user_optimizer.state[parameter] = self._optimizer.state[parameter]
+                self.host_optimizer.state[parameter] = self._optimizer.state[parameter]
+
+
+def _options(group: Mapping[str, object]) -> dict[str, object]:
+    """What a parameter group says of how it is trained."""
+    return {name: group[name] for name in group if name not in ("params", "param_names")}
 
 
 def _twin(
@@ -161,7 +261,7 @@ def _twin(
     """Returns an optimizer of the same class, with a group's options, over other parameters."""
     kind: Callable[..., Optimizer] = type(optimizer)
     accepted = inspect.signature(kind).parameters
-    group = {name: group[name] for name in group if name not in ("params", "param_names")}
+    group = _options(group)
     options = {name: value for name, value in group.items() if name in accepted}
     try:
         # As a group too: a class that takes **kwargs does not say what its options are.

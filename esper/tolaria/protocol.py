@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from esper.common.v1 import kernel_pb2
@@ -24,7 +25,7 @@ from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria.evaluation import Trial
 from esper.tolaria.optimizers import NewbornOptimizer
 from esper.tolaria.optimizers import NewbornState
-from esper.tolaria.optimizers import host_group_index
+from esper.tolaria.optimizers import find_home
 
 State = SeedLifecycleState
 SeedKey = tuple[str, int]
@@ -139,14 +140,22 @@ class GraftProtocol:
 
     Args:
         model: The growing model.
-        optimizer: The user's optimizer.
+        optimizer: The user's optimizer, or all of them; the first one's steps are the run's.
         config: Defaults for plans and what follows the trial.
+        scaler: Scaler of the user's loss; ``None`` where there is none.
     """
 
-    def __init__(self, model: MorphableModel, optimizer: Optimizer, config: GraftConfig) -> None:
+    def __init__(
+        self,
+        model: MorphableModel,
+        optimizer: Optimizer | Sequence[Optimizer],
+        config: GraftConfig,
+        scaler: GradScaler | None = None,
+    ) -> None:
         self.live: dict[SeedKey, LiveGraft] = {}
         self._model = model
-        self._optimizer = optimizer
+        self._optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+        self._scaler = scaler
         self._config = config
         model.observers.append(self._on_transition)
 
@@ -196,13 +205,15 @@ class GraftProtocol:
         if not parameters:
             return None
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        host = self._model.host_parameters(slot)
         return NewbornOptimizer(
             parameters,
-            self._optimizer,
-            host_group_index(self._optimizer, self._model.host_parameters(slot)),
+            *find_home(self._optimizers, host, parameters),
             learning_rate_scale=plan.learning_rate_scale,
             warmup_steps=self._config.warmup_steps,
             names=[names[id(parameter)] for parameter in parameters],
+            witnesses=host,
+            scaler=self._scaler,
         )
 
     def state(self, names: Mapping[nn.Parameter, str]) -> list[LiveGraftState]:
@@ -233,6 +244,9 @@ class GraftProtocol:
             states: What ``state`` returned.
             parameters: The model's parameters by name.
         """
+        for graft in self.live.values():
+            if graft.optimizer is not None:
+                graft.optimizer.close()
         self.live.clear()
         for state in states:
             kernel = self._model.kernel_of(state.slot, state.seed)
@@ -253,14 +267,25 @@ class GraftProtocol:
             )
             self.live[graft.key] = graft
 
-    def on_step(self) -> None:
-        """Moves every live seed by one optimizer step. Call it right after the host's step."""
+    def on_step(self, optimizer: Optimizer | None = None) -> None:
+        """Trains the newborns that belong to an optimizer, right after its own step.
+
+        A step of the first optimizer is one of the run: it moves every live seed on.
+
+        Args:
+            optimizer: The one that has stepped; ``None`` means the first.
+        """
+        first = self._optimizers[0]
+        optimizer = optimizer if optimizer is not None else first
+        for graft in self.live.values():
+            if graft.optimizer is not None and graft.optimizer.host_optimizer is optimizer:
+                graft.optimizer.step()
+        if optimizer is not first:
+            return
         for graft in self.live.values():
             graft.stage_steps += 1
         completed = set(self._model.tick())
         for graft in list(self.live.values()):
-            if graft.optimizer is not None:
-                graft.optimizer.step()
             self._advance(graft, ramp_complete=graft.key in completed)
 
     def _advance(self, graft: LiveGraft, *, ramp_complete: bool) -> None:

@@ -10,12 +10,10 @@ The session hangs on ``optimizer.step()`` by torch's own post-step hook and on n
 never draws from the global random state, never changes a gradient of the host, and with growth
 off (or a dead plane) the run is the run that plain torch would have made.
 
-The optimizer does not know a newborn seed, whose gradients are cleared after each step. So:
-
-* Clip over the optimizer's parameters (``p for group in optimizer.param_groups for p in
-  group["params"]``); over ``model.parameters()`` a newborn's gradients would shrink the host's.
-* Where a batch is given up after its backward, call ``model.zero_grad()``.
-* ``torch.amp.GradScaler`` is not supported: it would not unscale a newborn's gradients.
+The loop may accumulate gradients, clip them over ``model.parameters()``, step by closures, give up
+a batch after its backward, and have several optimizers and any scheduler: the gradients of newborn
+seeds are kept apart from the host's (see ``esper.tolaria.gradients``). A ``torch.amp.GradScaler``
+has to be told to the session, so that newborns are unscaled and checked for overflow too.
 """
 
 import contextlib
@@ -23,11 +21,13 @@ import logging
 import uuid
 from collections.abc import Collection
 from collections.abc import Mapping
+from collections.abc import Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Literal
 
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from esper.common.v1 import blueprint_pb2
@@ -58,7 +58,7 @@ from esper.tolaria.link import Advice
 from esper.tolaria.link import PlaneLink
 from esper.tolaria.link import check_candidates
 from esper.tolaria.link import check_plane
-from esper.tolaria.optimizers import check_supported
+from esper.tolaria.optimizers import check_all
 from esper.tolaria.protocol import GraftProtocol
 from esper.tolaria.protocol import LiveGraft
 from esper.tolaria.state import AdviceState
@@ -85,7 +85,8 @@ class Session:
 
     Args:
         model: The wrapped model.
-        optimizer: The user's optimizer over the model's parameters.
+        optimizer: The user's optimizer over the model's parameters, or all of them; the steps of
+            the first one are the run's steps.
         epochs: Number of epochs that the run is planned for.
         held_out: Batches that are never trained on and never tested on; iterated at every epoch
             boundary, always in the same order.
@@ -95,6 +96,7 @@ class Session:
             answer to every observation, so that equal runs are equal to the bit, and for a plane
             that is away to come back.
         config: Everything else; ``None`` means the defaults.
+        scaler: The scaler of the loss, where the loop has one.
         stateful: What else the training consists of, by name: schedulers, a GradScaler, samplers,
             averaged models; anything with ``state_dict`` and ``load_state_dict``. It is saved and
             resumed with the session.
@@ -114,7 +116,7 @@ class Session:
     def __init__(
         self,
         model: MorphableModel,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         epochs: int,
         held_out: Collection[Batch],
@@ -122,6 +124,7 @@ class Session:
         plane: Address | None = None,
         mode: Mode = "async",
         config: EsperConfig | None = None,
+        scaler: GradScaler | None = None,
         stateful: Mapping[str, Stateful] | None = None,
         resume: str | PathLike[str] | Checkpoint | None = None,
     ) -> None:
@@ -136,7 +139,8 @@ class Session:
             raise ValueError(f"mode is {mode!r}, but it must be 'async' or 'lockstep'")
         if any(isinstance(getattr(o, "__self__", None), Session) for o in model.observers):
             raise ValueError("model is in an open session already: close that one first")
-        check_supported(optimizer)
+        self._optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+        check_all(self._optimizers)
         self._config = config if config is not None else EsperConfig()
         check_plane(plane)
         check_candidates(self._config.candidates)
@@ -147,7 +151,6 @@ class Session:
         self._held_out = held_out
         self._loss = loss
         self._mode = mode
-        self._optimizer = optimizer
         self._epoch = 0
         self._step = 0
         self._epoch_first_step = 0
@@ -160,13 +163,15 @@ class Session:
         if self._config.telemetry_interval is not None:
             model.telemetry_interval = self._config.telemetry_interval
         model.observers.append(self._on_transition)
-        self._protocol = GraftProtocol(model, optimizer, self._config.graft)
-        self._parts = TrainingParts(model, [optimizer], self._protocol, stateful or {})
+        self._protocol = GraftProtocol(model, self._optimizers, self._config.graft, scaler)
+        self._parts = TrainingParts(model, self._optimizers, self._protocol, stateful or {})
         self._taken: list[AdviceState] = []
         if resume is not None:
             self._go_on_from(resume)
         self._decisions = Decisions(model, self._protocol, self.cost, self._config)
-        self._step_hook = optimizer.register_step_post_hook(self._on_step)
+        self._step_hooks = [
+            user.register_step_post_hook(self._on_step) for user in self._optimizers
+        ]
         self._link = PlaneLink(
             plane,
             self._config.candidates,
@@ -277,7 +282,8 @@ class Session:
             last_first.callback(self.cost.close)
             last_first.callback(self._model.observers.remove, self._on_transition)
             last_first.callback(self._protocol.close)
-            last_first.callback(self._step_hook.remove)
+            for hook in self._step_hooks:
+                last_first.callback(hook.remove)
             self._protocol.finish()
 
     def _record(self) -> RunRecord:
@@ -332,8 +338,8 @@ class Session:
             )
 
     def _on_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        self._step += 1
-        self._protocol.on_step()
+        self._step += optimizer is self._optimizers[0]
+        self._protocol.on_step(optimizer)
 
     def _on_transition(self, transition: Transition) -> None:
         event = LifecycleEvent(
@@ -429,7 +435,9 @@ class Session:
             host_graph_digest=graph.digest,
             host_graph=graph,
             signals=self._model.collect_signals(self._epoch),
-            learning_rates=[float(group["lr"]) for group in self._optimizer.param_groups],
+            learning_rates=[
+                float(group["lr"]) for user in self._optimizers for group in user.param_groups
+            ],
             num_parameters=record.parameters,
             flops_per_sample=self.cost.forward_flops_per_sample(),
             budget=self._budget(),

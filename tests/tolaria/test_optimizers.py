@@ -1,15 +1,19 @@
 """Newborn optimizers equal a reference run and hand their state over."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR
 
 from esper.tolaria.optimizers import NewbornOptimizer
+from esper.tolaria.optimizers import check_all
 from esper.tolaria.optimizers import check_supported
+from esper.tolaria.optimizers import find_home
 from esper.tolaria.optimizers import host_group_index
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
@@ -24,15 +28,26 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
     "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "Muon": lambda p: torch.optim.Muon(p, lr=0.01),
+    "SGD foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "Adam foreach": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
+    "Adam fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True, fused=True),
+    "Adagrad fused": lambda p: torch.optim.Adagrad(p, lr=0.05, fused=True),
+    "Adam maximize": lambda p: torch.optim.Adam(p, lr=0.01, maximize=True),
+    "Adam by tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), foreach=False),
 }
+REFUSED = {"LBFGS", "SparseAdam"}
 
 
 def _parameter(seed: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(seed)))
+    return nn.Parameter(torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)))
 
 
 def _gradient(step: int) -> torch.Tensor:
-    return torch.randn(5, generator=torch.Generator().manual_seed(100 + step))
+    return torch.randn(5, 3, generator=torch.Generator().manual_seed(100 + step))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -81,7 +96,32 @@ SCHEDULERS: dict[str, Callable[[Optimizer], lr_scheduler.LRScheduler]] = {
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
     "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.95),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 4]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5, total_iters=3),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=5),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[2]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
+    "SWALR": lambda o: SWALR(o, swa_lr=0.01, anneal_epochs=3),
 }
+
+
+def test_every_optimizer_and_scheduler_of_torch_is_tried() -> None:
+    def of(module: ModuleType, base: type) -> set[str]:
+        kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
+        return {kind.__name__ for kind in kinds if issubclass(kind, base)} - {base.__name__}
+
+    tried = {name.split()[0] for name in OPTIMIZERS}
+    assert of(torch.optim, Optimizer) == tried | REFUSED
+    assert of(lr_scheduler, lr_scheduler.LRScheduler) | {"SWALR"} == set(SCHEDULERS) | {
+        "_LRScheduler"
+    }
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -98,9 +138,44 @@ def test_newborns_follow_the_schedule_and_graduation_breaks_none(name: str) -> N
         twin.step()
         if step == 3:
             twin.graduate()
-        scheduler.step()
-        reference.step()
+        for each in (scheduler, reference):
+            each.step(*([1.0] if isinstance(each, lr_scheduler.ReduceLROnPlateau) else []))
         assert optimizer.param_groups[0]["lr"] == bare.param_groups[0]["lr"]
+
+
+def test_schedules_of_momentum_are_followed_too() -> None:
+    newborn, reference = _parameter(1), _parameter(1)
+    optimizer, alone = OPTIMIZERS["SGD"]([_parameter(0)]), OPTIMIZERS["SGD"]([reference])
+    schedulers = [
+        lr_scheduler.OneCycleLR(o, 0.1, total_steps=9, cycle_momentum=True)
+        for o in (optimizer, alone)
+    ]
+    twin = NewbornOptimizer([newborn], optimizer, 0)
+    for step in range(6):
+        newborn.grad, reference.grad = _gradient(step), _gradient(step)
+        optimizer.step()
+        alone.step()
+        twin.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert torch.equal(newborn, reference)
+
+
+def test_a_seed_goes_where_its_host_is_trained_or_to_who_can_train_it() -> None:
+    matrix, bias, embedding = _parameter(0), nn.Parameter(torch.zeros(5)), _parameter(2)
+    muon = torch.optim.Muon([matrix], lr=0.01)
+    adam = torch.optim.AdamW([{"params": [_parameter(3)]}, {"params": [bias]}], lr=0.01)
+    sparse = torch.optim.SparseAdam([embedding], lr=0.01)
+    users = [sparse, muon, adam]
+    check_all(users)
+    assert find_home(users, [matrix, bias], [_parameter(4)]) == (muon, 0)
+    assert find_home(users, [bias], [_parameter(4)]) == (adam, 1)
+    assert find_home(users, [matrix], [_parameter(4), nn.Parameter(torch.zeros(2))]) == (adam, 0)
+    assert find_home(users, [embedding], [_parameter(4)]) == (muon, 0)
+    with pytest.raises(ValueError, match="SparseAdam, but the gradients of newborns are dense"):
+        check_all([sparse])
+    with pytest.raises(ValueError, match="at least one"):
+        check_all([])
 
 
 def test_the_learning_rate_warms_up() -> None:
@@ -110,9 +185,9 @@ def test_the_learning_rate_warms_up() -> None:
     moves = []
     for _ in range(5):
         before = newborn.detach().clone()
-        newborn.grad = torch.ones(5)
+        newborn.grad = torch.ones(5, 3)
         twin.step()
-        moves.append(float((before - newborn.detach())[0]))
+        moves.append(float((before - newborn.detach())[0, 0]))
     assert moves == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0], abs=1e-6)
 
 
