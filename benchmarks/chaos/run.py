@@ -30,8 +30,8 @@ from esper.plane.launch import server_environment
 TRAINER = Path(__file__).with_name("trainer.py")
 TARGETS = ("trainer", "plane", "both")
 RUN_TIMEOUT_S = 600.0
-LONGEST_LIFE = 0.8
-"""Longest time between two kills, as a share of the time that the reference run takes."""
+LIFE_S = 8.0
+"""Longest time between two kills, while the run makes progress between them; longer where not."""
 
 
 class Arena:
@@ -97,6 +97,10 @@ class Arena:
             raise RuntimeError(f"the trainer failed: {log[-2000:]}")
         return words.strip()
 
+    def last_checkpoint(self) -> str:
+        """Returns the name of the newest checkpoint; empty before the first."""
+        return max((path.name for path in (self.folder / "run").glob("step-*")), default="")
+
     def history(self) -> tuple[bool, int]:
         """Returns whether Urza holds one intact history, and how many events it has."""
         with connect(self.address, timeout_s=30) as plane:
@@ -119,7 +123,7 @@ def _environment() -> dict[str, str]:
 
 
 def _one_run(
-    epochs: int, kills: int, draw: random.Random, duration_s: float
+    epochs: int, kills: int, draw: random.Random
 ) -> tuple[str, tuple[bool, int], Counter[str], float]:
     """Makes one run with up to so many kills.
 
@@ -133,18 +137,19 @@ def _one_run(
     try:
         arena.start_plane()
         arena.start_trainer()
-        word = None
+        word, life_s, reached = None, LIFE_S, ""
         while word is None:
             left = kills - made.total()
-            # Starting takes most of a run's time: kills must leave room for some steps.
-            wait_s = draw.uniform(0.0, LONGEST_LIFE * duration_s) if left > 0 else RUN_TIMEOUT_S
-            word = arena.ended(wait_s)
+            word = arena.ended(draw.uniform(0.0, life_s) if left > 0 else RUN_TIMEOUT_S)
             if word is None and left == 0:
                 raise RuntimeError(f"the run did not end within {RUN_TIMEOUT_S:g} s")
             if word is None:
                 target = draw.choice(TARGETS)
                 arena.kill(target)
                 made[target] += 1
+                # Starting takes a while, on a busy machine longer: some steps must fit in a life.
+                before, reached = reached, arena.last_checkpoint()
+                life_s = LIFE_S if reached != before else 1.25 * life_s
         return word, arena.history(), made, time.monotonic() - started_s
     finally:
         arena.close()
@@ -160,7 +165,7 @@ def _one_run(
 def main(kills: int, kills_per_run: int, epochs: int, seed: int, out: Path | None) -> None:
     """Runs the reference, then killed runs until the kills are spent; fails on any difference."""
     draw = random.Random(seed)
-    reference, history, _, reference_s = _one_run(epochs, 0, draw, 0.0)
+    reference, history, _, reference_s = _one_run(epochs, 0, draw)
     grown = int(reference.split()[2])
     click.echo(f"reference: {grown} seeds kept, {history[1]} events, {reference_s:.1f} s")
     if not history[0] or grown == 0:
@@ -169,7 +174,7 @@ def main(kills: int, kills_per_run: int, epochs: int, seed: int, out: Path | Non
     runs: list[dict[str, object]] = []
     while total.total() < kills:
         wanted = min(kills_per_run, kills - total.total())
-        word, found, made, took_s = _one_run(epochs, wanted, draw, reference_s)
+        word, found, made, took_s = _one_run(epochs, wanted, draw)
         total += made
         equal = word == reference and found == history
         runs.append({"kills": dict(made), "equal": equal, "seconds": round(took_s, 1)})
