@@ -30,14 +30,15 @@ _FILES = (
     run_pb2,
     store_pb2,
 )
-_READING = ("Get", "List", "Find", "Query", "Read", "Verify", "Explain")
+_REPEATABLE = ("Get", "List", "Find", "Query", "Read", "Verify", "Explain", "Acknowledge")
 _REQUEST_ID = "request_id"
 
 
 def idempotent_methods() -> list[tuple[str, str]]:
     """Returns (service, method) of every RPC that may be sent twice.
 
-    Those are the reading ones, and the unary writing ones whose request has a `request_id`.
+    Those are the reading ones, acknowledgements, which change nothing the second time, and the
+    unary writing ones whose request has a `request_id`.
     """
     methods = []
     for file in _FILES:
@@ -46,7 +47,7 @@ def idempotent_methods() -> list[tuple[str, str]]:
                 writes_once = (
                     not method.client_streaming and _REQUEST_ID in method.input_type.fields_by_name
                 )
-                if method.name.startswith(_READING) or writes_once:
+                if method.name.startswith(_REPEATABLE) or writes_once:
                     methods.append((service.full_name, method.name))
     return methods
 

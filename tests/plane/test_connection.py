@@ -132,6 +132,7 @@ def test_only_what_may_be_sent_twice_is_retried() -> None:
     for method in ("GetKernel", "ListKernels", "CreateKernel", "UpdateKernelState"):
         assert ("esper.urza.v1.LibraryService", method) in retried
     assert ("esper.urza.v1.BlobService", "ReadBlob") in retried
+    assert ("esper.oona.v1.EventService", "Acknowledge") in retried
     for method in (
         ("esper.urza.v1.BlobService", "WriteBlob"),
         ("esper.oona.v1.EventService", "Publish"),

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import grpc
 import pytest
@@ -15,6 +17,8 @@ from urza_samples import refusal
 
 from esper import blueprints
 from esper.plane import connect
+from esper.services.urza import library
+from esper.services.urza.changes import ChangeLog
 from esper.urza.client import UrzaClient
 from esper.urza.v1 import library_pb2 as pb
 from esper.urza.v1 import library_pb2_grpc
@@ -146,6 +150,31 @@ def test_a_watch_goes_on_after_kill(start_server: Callable[..., object]) -> None
             server.stop(signal.SIGTERM)
             error = refusal(lambda: list(watch))
     assert error.code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_watcher_that_falls_behind_is_ended_and_told_where_to_go_on(
+    serve_in_thread: Callable[..., object], short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "ChangeLog", partial(ChangeLog, max_changes=5))
+    server = serve_in_thread(short_dir, ("urza",))
+    with connect(server.address, timeout_s=30) as plane:
+        slow = plane.urza.watch()
+        assert next(slow).revision == 0
+        for number in range(30):  # far more than a connection holds of what nobody reads
+            blueprint = blueprints.get("bottleneck", rank=number + 1)
+            blueprint.description = "x" * 200_000
+            plane.urza.create_blueprint(blueprint)
+        seen: list[int] = []
+        error = refusal(lambda: seen.extend(change.revision for change in slow))
+        assert (error.code, error.reason) == (grpc.StatusCode.OUT_OF_RANGE, "COMPACTED")
+        assert error.metadata == {"first_revision": "26", "revision": "30"}
+        assert seen == list(range(1, len(seen) + 1))
+        assert len(seen) < 25
+        error = refusal(lambda: next(plane.urza.watch(25)))
+        assert error.reason == "COMPACTED"
+        with plane.urza.watch(26) as watch:
+            assert [change.revision for change in changes(watch, 5)] == [26, 27, 28, 29, 30]
+    server.stop()
 
 
 # ---------------------------------------------------------------- lineage
