@@ -98,6 +98,37 @@ class EpochRecord:
         return event
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRecord:
+    """One held-out trial.
+
+    Attributes:
+        epoch: Epoch at whose end it was held, from 0.
+        slot: Name of the slot.
+        seed: Index of the seed in the slot.
+        kernel: Digest of its kernel.
+        accepted: Whether the seed was kept.
+        gain: Mean held-out loss without the seed minus that with it.
+        low: Lower end of the gain's 95 percent confidence interval.
+        high: Upper end of it.
+        price: Loss that the seed's cost had to buy.
+        p_value: One-sided p value of the paired t test that the gain exceeds the price.
+        level: Level that the p value was compared with.
+    """
+
+    epoch: int
+    slot: str
+    seed: int
+    kernel: str
+    accepted: bool
+    gain: float
+    low: float
+    high: float
+    price: float
+    p_value: float
+    level: float
+
+
 @dataclass(slots=True)
 class History:
     """The record of a run.
@@ -106,6 +137,7 @@ class History:
         events: Lifecycle events in order.
         epochs: One record per epoch.
         refusals: Decisions that were not carried out, with the reason.
+        trials: Held-out trials in order.
         plane_failure: Why the plane was lost, known when the session is closed; ``None`` if it
             was there to the end.
     """
@@ -113,4 +145,5 @@ class History:
     events: list[LifecycleEvent] = field(default_factory=list)
     epochs: list[EpochRecord] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    trials: list[TrialRecord] = field(default_factory=list)
     plane_failure: str | None = None

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from esper.blueprints.digest import kernel_digest
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
 from esper.config import EsperConfig
@@ -47,12 +48,14 @@ from esper.tolaria.decisions import action_name
 from esper.tolaria.decisions import flops_per_sample
 from esper.tolaria.evaluation import Batch
 from esper.tolaria.evaluation import SampleLoss
+from esper.tolaria.evaluation import Trial
 from esper.tolaria.evaluation import paired_trial
 from esper.tolaria.evaluation import sample_losses
 from esper.tolaria.evaluation import trial_level
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import History
 from esper.tolaria.history import LifecycleEvent
+from esper.tolaria.history import TrialRecord
 from esper.tolaria.link import Address
 from esper.tolaria.link import Advice
 from esper.tolaria.link import PlaneLink
@@ -294,6 +297,7 @@ class Session:
             events=self.history.events,
             epochs=self.history.epochs,
             refusals=self.history.refusals,
+            trials=self.history.trials,
             spent=self.cost.spent,
             decisions=self._taken,
             memory=link.memory,
@@ -316,7 +320,9 @@ class Session:
         self._num_trials = record.num_trials
         self._taken = list(record.decisions)
         self.cost.resume(record.spent)
-        self.history = History(list(record.events), list(record.epochs), list(record.refusals))
+        self.history = History(
+            list(record.events), list(record.epochs), list(record.refusals), list(record.trials)
+        )
 
     def _close_link(self) -> None:
         self._link.close()
@@ -414,10 +420,26 @@ class Session:
                 flops_per_sample=flops,
             )
             self._outcomes.append(outcome)
+            self.history.trials.append(self._trial_record(graft, trial))
             self._protocol.conclude(graft, trial)
             if not trial.accepted:
                 with_seed = without_seed
         return with_seed
+
+    def _trial_record(self, graft: LiveGraft, trial: Trial) -> TrialRecord:
+        return TrialRecord(
+            epoch=self._epoch,
+            slot=graft.slot,
+            seed=graft.seed,
+            kernel=kernel_digest(graft.kernel),
+            accepted=trial.accepted,
+            gain=trial.gain,
+            low=trial.low,
+            high=trial.high,
+            price=trial.price,
+            p_value=trial.p_value,
+            level=trial.level,
+        )
 
     def _significance(self, graft: LiveGraft) -> float:
         if graft.plan.HasField("significance"):

@@ -22,6 +22,7 @@ from esper.tolaria import optimizer_state
 from esper.tolaria import randomness
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import LifecycleEvent
+from esper.tolaria.history import TrialRecord
 from esper.tolaria.link import Advice
 from esper.tolaria.link import LinkState
 from esper.tolaria.optimizer_state import OptimizerState
@@ -108,6 +109,7 @@ class RunRecord:
         events: Lifecycle events.
         epochs: Epoch records.
         refusals: Decisions that were not carried out.
+        trials: Held-out trials.
         spent: Floating-point operations by category.
         decisions: All advice taken, in order.
         memory: What the policy remembers of the run.
@@ -120,6 +122,7 @@ class RunRecord:
     events: list[LifecycleEvent]
     epochs: list[EpochRecord]
     refusals: list[str]
+    trials: list[TrialRecord]
     spent: dict[str, float]
     decisions: list[AdviceState]
     memory: bytes

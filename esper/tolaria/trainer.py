@@ -178,6 +178,10 @@ class Trainer:
         self._save_every_steps = save_every_steps
         self._resume = resume
         self._position = _Position()
+        self.num_samples = 0
+        """Samples that ``fit`` has trained on in this epoch."""
+        self.session: Session | None = None
+        """The open session while ``fit`` runs, the last one after it, and ``None`` before."""
         self._open_session = partial(
             Session,
             model,
@@ -202,6 +206,7 @@ class Trainer:
         """
         resume = self._checkpoints.latest() if self._checkpoints and self._resume else None
         with self._open_session(resume=resume) as session:
+            self.session = session
             for epoch in range(session.epoch, self._epochs):
                 train_loss = self._train_epoch(session, epoch)
                 record = session.epoch_end(train_loss=train_loss)
@@ -214,8 +219,11 @@ class Trainer:
     def _train_epoch(self, session: Session, epoch: int) -> float:
         self.model.train()
         position = self._position
+        self.num_samples = 0
         for batch in position.rest_of(lambda: self._batches(epoch)):
-            position.add(*train_step(self.model, self.optimizer, batch, self._loss))
+            total, num_samples = train_step(self.model, self.optimizer, batch, self._loss)
+            position.add(total, num_samples)
+            self.num_samples += num_samples
             if self._save_every_steps and session.step % self._save_every_steps == 0:
                 self._save(session)
         return position.mean_loss()
