@@ -1,5 +1,6 @@
 """What the README shows runs, and what it says is so."""
 
+import asyncio
 import re
 import shlex
 import subprocess
@@ -79,7 +80,7 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert task.accuracy(again, task.validation) > 0.6
 
 
-def test_user_guide_examples_run() -> None:
+def test_user_guide_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -90,7 +91,8 @@ def test_user_guide_examples_run() -> None:
             super().__init__()
             self.blocks = nn.ModuleList([Block(), Block()])
 
-    wrapping, by_hand, configuration = fenced((ROOT / "docs/user-guide.md").read_text(), "python")
+    page = (ROOT / "docs/user-guide.md").read_text()
+    wrapping, by_hand, checkpoints, configuration = fenced(page, "python")
     names: dict[str, object] = {"esper": esper, "torch": torch, "net": Net()}
     exec(wrapping, names)
     model = names["model"]
@@ -101,6 +103,37 @@ def test_user_guide_examples_run() -> None:
     assert grown.seed_state("net.0", 0).name == "CULLED"
     exec(configuration, names)
     assert isinstance(names["config"], esper.EsperConfig)
+    monkeypatch.chdir(tmp_path)
+    optimizer = torch.optim.SGD(grown.parameters(), lr=0.1)
+    digits = tasks.get("digits")
+    training = {
+        "esper": esper,
+        "model": grown,
+        "optimizer": optimizer,
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1),
+        "val_batches": digits.held_out_batches(),
+        "loss": digits.loss,
+        "mean_loss": 1.0,
+    }
+    assert "30" in checkpoints
+    exec(checkpoints.replace("30", "2"), training)  # it shows the loop, and trains nothing
+    assert len(list((tmp_path / "runs" / "mine").iterdir())) == 1
+    session = training["session"]
+    assert isinstance(session, esper.tolaria.Session)
+    session.close()
+
+
+def test_operations_example_runs(start_server: Callable[..., Server]) -> None:
+    (example,) = fenced((ROOT / "docs/operations.md").read_text(), "python")
+    names: dict[str, object] = {}
+    exec(example, names)
+    fetch = names["fetch"]
+    assert callable(fetch)
+    server = start_server("urza")
+    with connect(server.address, timeout_s=20) as connection:
+        blobs = [b"one", b"two"]
+        digests = [connection.urza.write_blob(blob) for blob in blobs]
+    assert asyncio.run(fetch(server.address, digests)) == blobs
 
 
 def test_first_example_is_as_short_as_promised() -> None:
