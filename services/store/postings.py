@@ -115,7 +115,7 @@ class Search:
         self.next_start: bytes | None = start
 
     def __iter__(self) -> Iterator[bytes]:
-        while self.next_start is not None:
+        while self.next_start is not None and self.budget.left > 0:
             wanted = self.next_start
             agreed = 0
             while agreed < len(self._unions):

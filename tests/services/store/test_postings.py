@@ -105,6 +105,23 @@ def test_a_search_that_finds_nothing_stops_and_can_go_on(
     assert turns > 5
 
 
+def test_a_search_whose_finds_are_all_refused_stops_too(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postings, "MAX_SEEKS", 20)
+    index = fill(store, lengthy(200))
+    found: list[bytes] = []
+    start: bytes | None = b""
+    while start is not None:
+        with store.reading() as row:
+            search = index.search(row, b"0", [[b"0", b"1"]], start)
+            part = list(search)
+            start = search.next_start
+        assert len(part) <= 20
+        found += part
+    assert found == [bytes([key]) for key in range(200)]
+
+
 def seeks(store: Store, number: int, conditions: list[list[bytes]]) -> int:
     index = Postings(store, "index")
 
