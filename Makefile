@@ -9,7 +9,7 @@ BUILD_REQUIRES := 'setuptools>=77' wheel 'pybind11>=2.13' ninja 'grpcio-tools>=1
 # Spinning OpenMP workers of several processes on few cores slow each other down a hundredfold.
 QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: arenas chaos-train setup protos native demo test lint typecheck bench targets clean
+.PHONY: arenas chaos-train setup protos native demo test sanitize lint typecheck bench targets clean
 
 setup: $(STAMP) native
 
@@ -33,6 +33,23 @@ demo: setup
 
 test: setup
 	$(QUIET_THREADS) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+# The kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set that the
+# machine has: the package as it is, with another native core. Leaks are Python's and torch's own.
+SANITIZED := build/sanitize/lib
+KERNEL_TESTS := test_ops.py test_ops_containment.py test_seed_bank.py test_telemetry.py
+sanitize: setup
+	ESPER_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED)
+	for entry in esper/*; do case $$entry in *.so) ;; *) ln -sfn "$(CURDIR)/$$entry" $(SANITIZED)/esper/;; esac; done
+	ln -sfn "$(CURDIR)/services" $(SANITIZED)/esper/services
+	for isa in portable avx2 avx512; do \
+	  case $$isa in portable) ;; *) grep -q "$$isa" /proc/cpuinfo || continue;; esac; \
+	  (cd $(SANITIZED) && $(QUIET_THREADS) ESPER_CPU_CAPABILITY=$$isa ESPER_SANITIZE=1 \
+	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(CURDIR)/$(BIN)/python -m pytest -q -p no:xdist -p no:cacheprovider --timeout 600 -c $(CURDIR)/pyproject.toml \
+	    --rootdir $(CURDIR) -k "not repeat" $(KERNEL_TESTS:%=$(CURDIR)/tests/kasmina/%) $(CURDIR)/tests/csrc) || exit 1; \
+	done
 
 lint: setup typecheck
 	$(BIN)/black --check --quiet . || { $(BIN)/black --check .; exit 1; }

@@ -6,6 +6,8 @@ Both also run as part of every wheel and editable install.
 
 Environment:
     ESPER_CUDA: `auto` (default: on when nvcc is found), `0` or `1`; a GPU is never asked for.
+    ESPER_SANITIZE: 1 builds with AddressSanitizer and UndefinedBehaviorSanitizer and without CUDA, in
+        a folder of its own; `make sanitize` runs the kernel tests on it.
     CUDA_HOME: where the CUDA toolkit is; else nvcc on PATH, else /usr/local/cuda.
     CXX: the C++ compiler, default g++.
     MAX_JOBS: compile jobs at once, default the number of cores.
@@ -29,7 +31,12 @@ from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 PROTO = ROOT / "proto"
-NATIVE_BUILD = ROOT / "build" / "native"
+SANITIZE = os.environ.get("ESPER_SANITIZE") == "1"
+NATIVE_BUILD = ROOT / "build" / ("sanitize/native" if SANITIZE else "native")
+SANITIZERS = (
+    "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined "
+    "-fno-omit-frame-pointer"
+)
 CUDA_ARCHS = ("80", "90")  # machine code; the last one is also embedded as PTX for later devices
 
 
@@ -146,7 +153,7 @@ def find_nvcc() -> Path | None:
 
 def cuda_compiler() -> tuple[Path, Path] | None:
     """Returns (nvcc, toolkit root) when CUDA kernels are to be built, else None."""
-    wish = os.environ.get("ESPER_CUDA", "auto")
+    wish = "0" if SANITIZE else os.environ.get("ESPER_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         fail(f"ESPER_CUDA is {wish!r} but must be `auto`, `0` or `1`.")
     if wish == "0":
@@ -206,13 +213,15 @@ def ninja_text(output: Path) -> str:
         *cpp_extension.include_paths(),
         sysconfig.get_path("include"),
     ]
+    optimise = f"-O1 -g1 {SANITIZERS}" if SANITIZE else "-O3 -g0"
     cxxflags = [
-        "-std=c++20 -O3 -g0 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno",
+        f"-std=c++20 {optimise} -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno",
         "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi",
         f"-I{ROOT / 'csrc'}",
         *(f"-isystem {path}" for path in includes),
         *defines,
     ]
+    link_extra = f" {SANITIZERS}" if SANITIZE else ""
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries += ["-lc10", "-ltorch_cpu", "-ltorch"]
     sources = sorted((ROOT / "csrc").rglob("*.cpp"))
@@ -226,7 +235,7 @@ def ninja_text(output: Path) -> str:
         "  deps = gcc",
         "  description = CXX $in",
         "rule link",
-        "  command = $cxx -shared -fopenmp -Wl,--gc-sections $in -o $out $libs",
+        f"  command = $cxx -shared -fopenmp{link_extra} -Wl,--gc-sections $in -o $out $libs",
         "  description = LINK $out",
     ]
     objects = []

@@ -45,7 +45,7 @@ struct SeedTensors {
 // The tokens of a call as positions of samples; one position axis is a height.
 struct Positions {
   std::int64_t samples = 0, height = 0, width = 0;
-  std::int64_t per_sample() const { return height * width; }
+  ESPER_HD std::int64_t per_sample() const { return height * width; }
 };
 
 struct SeedScalars {

@@ -1,5 +1,8 @@
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/movedim.h>
 #include <c10/util/Exception.h>
+
+#include <algorithm>
 
 #include "ops/slot.h"
 
@@ -204,6 +207,20 @@ void check_backward(const SlotCall& call, const at::Tensor& dy, const std::optio
                       h->scalar_type(), " ", h->sizes(), " but dy is ", dy.scalar_type(), " ",
                       dy.sizes());
   }
+}
+
+bool any_spatial(const SlotCall& call) {
+  return std::any_of(call.seeds.begin(), call.seeds.end(),
+                     [](const PlannedSeed& seed) { return is_spatial(seed.shape.family); });
+}
+
+bool in_planes(const at::Tensor& tensor) {
+  return !tensor.is_contiguous() && tensor.dim() >= 3 && at::movedim(tensor, -1, 1).is_contiguous();
+}
+
+at::Tensor laid_out(const at::Tensor& tensor, at::ScalarType type, bool planes) {
+  if (!planes) return as_operand(tensor, type);
+  return at::movedim(as_operand(at::movedim(tensor, -1, 1), type), 1, -1);
 }
 
 at::Tensor as_operand(const at::Tensor& tensor, at::ScalarType type) {

@@ -35,7 +35,7 @@ void check_launch(const char* error) { TORCH_CHECK(error == nullptr, "esper CUDA
 template <class T>
 struct Operands {
   std::vector<at::Tensor> owned;  // params, in the type of the kernels
-  at::Tensor h, x, before, gate, hidden, g, energy;
+  at::Tensor h, x, before, gate, hidden, g, energy, vectors, trust;
   void* stream;
 
   Operands(const SlotCall& call, const at::Tensor& host, const std::optional<at::Tensor>& h_given,
@@ -53,6 +53,8 @@ struct Operands {
     for (auto* tile : {&before, &gate, &hidden}) *tile = at::empty({call.tokens, rank}, options);
     g = at::empty({call.tokens, width}, options);
     energy = at::empty({call.tokens}, options.dtype(at::kDouble));
+    vectors = at::empty({3, call.positions.samples, width}, options);
+    trust = at::empty({call.positions.samples}, options.dtype(at::kDouble));
   }
 
   cuda::SeedCall<T> seed(const SlotCall& call, std::size_t i) {
@@ -72,6 +74,9 @@ struct Operands {
     result.hidden = hidden.template mutable_data_ptr<T>();
     result.g = g.template mutable_data_ptr<T>();
     result.energy = energy.template mutable_data_ptr<double>();
+    result.positions = call.positions;
+    result.vectors = vectors.template mutable_data_ptr<T>();
+    result.trust = trust.template mutable_data_ptr<double>();
     return result;
   }
 };
@@ -82,16 +87,17 @@ std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tenso
                                            bool telemetry) {
   Operands<T> operands(call, h, h, x, params);
   auto y = operands.h.clone();
-  auto stats = at::empty({telemetry ? static_cast<std::int64_t>(call.seeds.size()) : 0, kNumStats},
+  const bool planes = any_spatial(call) && in_planes(h);
+  auto stats = at::zeros({telemetry ? static_cast<std::int64_t>(call.seeds.size()) : 0, kNumStats},
                          h.options().dtype(at::kDouble));
   for (std::size_t i = 0; i < call.seeds.size(); ++i) {
-    if (call.seeds[i].scalars.alpha_fwd == 0.0f && !telemetry) continue;
+    if (call.tokens == 0 || (call.seeds[i].scalars.alpha_fwd == 0.0f && !telemetry)) continue;
     auto* row = telemetry ? reinterpret_cast<ChunkStats*>(stats.template mutable_data_ptr<double>()) + i
                           : nullptr;
     check_launch(cuda::forward<T>(operands.seed(call, i), y.template mutable_data_ptr<T>(), row,
                                   operands.stream));
   }
-  return {y.to(h.scalar_type()), std::move(stats)};
+  return {laid_out(y, h.scalar_type(), planes), std::move(stats)};
 }
 
 template <class T>
@@ -122,10 +128,12 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
       grads.params.*member = to.template mutable_data_ptr<T>();
       wanted = true;
     });
-    if (wanted) check_launch(cuda::backward<T>(operands.seed(call, i), grads, operands.stream));
+    if (wanted && call.tokens > 0) check_launch(cuda::backward<T>(operands.seed(call, i), grads, operands.stream));
   }
   for (std::size_t p = 0; p < params.size(); ++p) dparams[p] = dparams[p].to(params[p].scalar_type());
-  return {dh.to(dy.scalar_type()), need_dx ? dx.to(x->scalar_type()) : dx, std::move(dparams)};
+  const bool planes = any_spatial(call) && in_planes(call.reads_output ? *h : dy);
+  return {need_dh ? laid_out(dh, dy.scalar_type(), planes) : dh.to(dy.scalar_type()),
+          need_dx ? laid_out(dx, x->scalar_type(), planes) : dx, std::move(dparams)};
 }
 
 std::tuple<at::Tensor, at::Tensor> slot_forward_cuda(const at::Tensor& h,

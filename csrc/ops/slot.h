@@ -43,6 +43,14 @@ SlotCall check_slot(const char* host_name, const at::Tensor& host, const std::op
 // The tensor as the kernels want it: the type they compute in, contiguous. No copy where it is so already.
 at::Tensor as_operand(const at::Tensor& tensor, at::ScalarType type);
 
+bool any_spatial(const SlotCall& call);
+
+// Whether a tensor's positions lie side by side and its features apart, as the output of a convolution has it.
+bool in_planes(const at::Tensor& tensor);
+
+// As as_operand, contiguous or in planes.
+at::Tensor laid_out(const at::Tensor& tensor, at::ScalarType type, bool planes);
+
 // The tensors that a seed has: calls visit(member of SeedTensors, index in params, rows, columns) for each.
 template <class T, class Visit>
 void each_param(const PlannedSeed& seed, Visit visit) {

@@ -2,7 +2,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/movedim.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -49,11 +48,6 @@ struct Tensors {
   at::Tensor h, x, dy;  // read
   at::Tensor y, dh, dx; // written
 };
-
-at::Tensor laid_out(const at::Tensor& tensor, at::ScalarType type, bool planes) {
-  if (!planes) return as_operand(tensor, type);
-  return at::movedim(as_operand(at::movedim(tensor, -1, 1), type), 1, -1);
-}
 
 // The matrix of each sample, from one feature on. The strides of axes of size 1 say nothing, so they are
 // worked out.
@@ -211,11 +205,6 @@ void run_backward(const SlotCall& call, at::TensorList given, const Tensors& ten
 }
 
 }  // namespace
-
-bool any_spatial(const SlotCall& call) {
-  return std::any_of(call.seeds.begin(), call.seeds.end(),
-                     [](const PlannedSeed& seed) { return is_spatial(seed.shape.family); });
-}
 
 std::tuple<at::Tensor, at::Tensor> spatial_forward(
     const SlotCall& call, const at::Tensor& h, const std::optional<at::Tensor>& x, at::TensorList params,

@@ -14,8 +14,6 @@ namespace esper {
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 
-bool any_spatial(const SlotCall& call);
-
 // A call with spatial seeds. `others` runs the other seeds and takes the telemetry of all chunks; the chunks
 // of spatial seeds that blend are undefined in its y. Not called where there is nothing for it to do.
 // y is laid out as h where h keeps its positions side by side.

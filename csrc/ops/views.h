@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "kernels/cpu/slot.h"
+#include "ops/slot.h"
 
 namespace esper {
 
@@ -41,11 +42,6 @@ inline std::optional<cpu::View> layout_of(const at::Tensor& tensor) {
   // A single token has its features to walk and nothing else.
   if (view.feature != 1 && (used == 0 || view.token != 1)) return std::nullopt;
   return view;
-}
-
-// Whether a tensor's positions lie side by side and its features apart, as the output of a convolution has it.
-inline bool in_planes(const at::Tensor& tensor) {
-  return !tensor.is_contiguous() && tensor.dim() >= 3 && at::movedim(tensor, -1, 1).is_contiguous();
 }
 
 inline cpu::Element element_of(at::ScalarType type) {

@@ -6,8 +6,9 @@ namespace cuda = esper::cuda;
 
 namespace {
 
-// `numbers`: offset, width, source width, rank, source, family, activation, gated, tokens, D, D_in.
-// `pointers`: A a G c B b, h, x, before, gate, hidden, g, energy.
+// `numbers`: offset, width, source width, rank, source, family, activation, gated, tokens, D, D_in, samples,
+// height and width of the positions, height and width of the window.
+// `pointers`: A a G c B b, h, x, before, gate, hidden, g, energy, vectors, trust.
 cuda::SeedCall<double> seed_call(const long long* numbers, const float* scalars, void** pointers) {
   cuda::SeedCall<double> call;
   call.shape.offset = numbers[0];
@@ -21,6 +22,9 @@ cuda::SeedCall<double> seed_call(const long long* numbers, const float* scalars,
   call.tokens = numbers[8];
   call.width = numbers[9];
   call.input_width = numbers[10];
+  call.positions = {numbers[11], numbers[12], numbers[13]};
+  call.shape.window_height = numbers[14];
+  call.shape.window_width = numbers[15];
   call.scalars = {scalars[0], scalars[1], scalars[2]};
   auto** p = reinterpret_cast<double**>(pointers);
   call.params = {p[0], p[1], p[2], p[3], p[4], p[5]};
@@ -31,6 +35,8 @@ cuda::SeedCall<double> seed_call(const long long* numbers, const float* scalars,
   call.hidden = p[10];
   call.g = p[11];
   call.energy = p[12];
+  call.vectors = p[13];
+  call.trust = p[14];
   return call;
 }
 

@@ -2,19 +2,16 @@
 #include "kernels/cuda/slot.h"
 
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/spatial.cuh"
 
 namespace esper::cuda {
 namespace {
 
+// B of a bottleneck is [r, d], of a depthwise seed [d, r].
 template <class T>
-ESPER_HD bool is_finite(T value) {
-  return value - value == T(0);
-}
-
-template <class T>
-ESPER_HD const T* source_row(const SeedCall<T>& call, std::int64_t n) {
-  return call.shape.source == Source::kInput ? call.x + n * call.input_width
-                                             : call.h + n * call.width + call.shape.offset;
+ESPER_HD T weight_B(const SeedCall<T>& call, std::int64_t k, std::int64_t j) {
+  const bool turned = call.shape.family == Family::kDepthwise;
+  return call.params.B[turned ? j * call.shape.rank + k : k * call.shape.width + j];
 }
 
 // hidden[n, k] and its pre-activations.
@@ -53,18 +50,33 @@ struct Output {
   T* y;  // null where the chunk stays h
 
   ESPER_DEVICE T element(std::int64_t n, std::int64_t j) const {
+    const std::int64_t rank = call.shape.rank;
+    if (call.shape.family == Family::kSqueezeExcite) {
+      return source_row(call, n)[j] * call.excite()[n / call.positions.per_sample() * call.shape.width + j];
+    }
     T g = call.params.b != nullptr ? call.params.b[j] : T(0);
     if (call.shape.family == Family::kAffine) return g + call.params.B[j] * source_row(call, n)[j];
-    for (std::int64_t k = 0; k < call.shape.rank; ++k) {
-      g += call.hidden[n * call.shape.rank + k] * call.params.B[k * call.shape.width + j];
-    }
+    for (std::int64_t k = 0; k < rank; ++k) g += call.hidden[n * rank + k] * weight_B(call, k, j);
     return g;
+  }
+
+  // Whether what g of a token comes from is finite, which g does not always tell: an activation may make
+  // something finite of an infinity, but its gradient would not be.
+  ESPER_DEVICE bool sound(const Thread& thread, std::int64_t n) const {
+    const std::int64_t rank = call.shape.rank;
+    if (call.shape.family == Family::kSqueezeExcite) return call.trust[n / call.positions.per_sample()] >= 0.0;
+    bool finite = true;
+    for (std::int64_t k = thread.index(); k < rank; k += kThreads) {
+      finite = finite && is_finite(call.before[n * rank + k]);
+      if (call.shape.gated) finite = finite && is_finite(call.gate[n * rank + k]);
+    }
+    return finite;
   }
 
   ESPER_DEVICE void operator()(const Thread& thread, Shared& shared) const {
     for (std::int64_t n = thread.block(); n < call.tokens; n += thread.blocks()) {
       double energy = 0.0;
-      bool finite = true;
+      bool finite = sound(thread, n);
       T* g = call.g + n * call.shape.width;
       for (std::int64_t j = thread.index(); j < call.shape.width; j += kThreads) {
         g[j] = element(n, j);
@@ -149,7 +161,7 @@ struct HiddenGrad {
     }
     T du = T(0);
     for (std::int64_t j = 0; j < call.shape.width; ++j) {
-      du += dy[n * call.width + call.shape.offset + j] * call.params.B[k * call.shape.width + j];
+      du += dy[n * call.width + call.shape.offset + j] * weight_B(call, k, j);
     }
     const T before = call.before[i];
     T slope = activate_grad(call.shape.activation, before);
@@ -209,10 +221,46 @@ struct WeightGrad {
 
 template <class T>
 void compute_g(const SeedCall<T>& call, T* y, void* stream) {
-  if (call.shape.family == Family::kBottleneck) {
-    launch_each(call.tokens * call.shape.rank, Hidden<T>{call}, stream);
-  }
+  const std::int64_t hidden = call.tokens * call.shape.rank;
+  if (call.shape.family == Family::kBottleneck) launch_each(hidden, Hidden<T>{call}, stream);
+  if (call.shape.family == Family::kDepthwise) launch_each(hidden, WindowHidden<T>{call}, stream);
+  if (call.shape.family == Family::kSqueezeExcite) compute_excitation(call, stream);
   launch_blocks(call.tokens, Output<T>{call, y}, stream);
+}
+
+// A gradient of `rows` x `columns`, as WeightGrad sums it over the call's tokens.
+template <class T>
+struct GradOf {
+  const T* left;
+  std::int64_t left_stride, rows;
+  const T* right;
+  std::int64_t right_stride, columns;
+  bool diagonal = false;
+};
+
+template <class T>
+void sum(const SeedCall<T>& call, T* to, const GradOf<T>& of, void* stream) {
+  if (to == nullptr) return;
+  launch_each(of.rows * of.columns,
+              WeightGrad<T>{call, of.left, of.left_stride, of.right, of.right_stride, of.columns, of.diagonal, to},
+              stream);
+}
+
+template <class T>
+void backward_excitation(const SeedCall<T>& call, const SeedGrads<T>& grads, void* stream) {
+  const std::int64_t samples = call.positions.samples, d = call.shape.width, r = call.shape.rank;
+  launch_each(samples * d, ExciteGrad<T>{call, grads.dy}, stream);
+  launch_each(samples * r, PooledHiddenGrad<T>{call}, stream);
+  if (grads.dsource != nullptr) {
+    launch_each(call.tokens * d, ExciteSourceGrad<T>{call, grads.dy, grads.dsource}, stream);
+  }
+  SeedCall<T> by_sample = call;  // the sums run over samples, of which those that are not trusted are left out
+  by_sample.tokens = samples;
+  by_sample.energy = call.trust;
+  sum(by_sample, grads.params.A, {call.before, r, r, call.pooled(), d, d}, stream);
+  sum(by_sample, grads.params.a, {nullptr, 0, 1, call.before, r, r}, stream);
+  sum(by_sample, grads.params.B, {call.moved(), d, d, call.hidden, r, r}, stream);
+  sum(by_sample, grads.params.b, {nullptr, 0, 1, call.moved(), d, d}, stream);
 }
 
 }  // namespace
@@ -228,33 +276,37 @@ template <class T>
 const char* backward(const SeedCall<T>& call, const SeedGrads<T>& grads, void* stream) {
   compute_g(call, static_cast<T*>(nullptr), stream);
   const auto& shape = call.shape;
-  const bool input = shape.source == Source::kInput;
+  if (shape.family == Family::kSqueezeExcite) {
+    backward_excitation(call, grads, stream);
+    return launch_error();
+  }
+  const bool input = shape.source == Source::kInput, depthwise = shape.family == Family::kDepthwise;
   const T* source = input ? call.x : call.h + shape.offset;
   const std::int64_t source_stride = input ? call.input_width : call.width;
-  const T* dy = grads.dy + shape.offset;
-  if (shape.family == Family::kBottleneck) {
-    launch_each(call.tokens * shape.rank, HiddenGrad<T>{call, grads.dy}, stream);
-  }
-  if (grads.dsource != nullptr) {
-    launch_each(call.tokens * shape.source_width, SourceGrad<T>{call, grads.dy, grads.dsource}, stream);
-  }
-  const auto sum = [&](T* to, const T* left, std::int64_t left_stride, std::int64_t rows, const T* right,
-                       std::int64_t right_stride, std::int64_t columns, bool diagonal) {
-    if (to == nullptr) return;
-    launch_each(rows * columns,
-                WeightGrad<T>{call, left, left_stride, right, right_stride, columns, diagonal, to}, stream);
-  };
   const std::int64_t S = shape.source_width, r = shape.rank, d = shape.width, D = call.width;
-  sum(grads.params.A, source, source_stride, S, call.before, r, r, false);
-  sum(grads.params.a, nullptr, 0, 1, call.before, r, r, false);
-  sum(grads.params.G, source, source_stride, S, call.gate, r, r, false);
-  sum(grads.params.c, nullptr, 0, 1, call.gate, r, r, false);
-  if (shape.family == Family::kAffine) {
-    sum(grads.params.B, source, source_stride, 1, dy, D, d, true);
-  } else {
-    sum(grads.params.B, call.hidden, r, r, dy, D, d, false);
+  const T* dy = grads.dy + shape.offset;
+  if (shape.family != Family::kAffine) launch_each(call.tokens * r, HiddenGrad<T>{call, grads.dy}, stream);
+  if (grads.dsource != nullptr && depthwise) {
+    launch_each(call.tokens * r, WindowSourceGrad<T>{call, grads.dsource}, stream);
+  } else if (grads.dsource != nullptr) {
+    launch_each(call.tokens * S, SourceGrad<T>{call, grads.dy, grads.dsource}, stream);
   }
-  sum(grads.params.b, nullptr, 0, 1, dy, D, d, false);
+  if (!depthwise) {
+    sum(call, grads.params.A, {source, source_stride, S, call.before, r, r}, stream);
+  } else if (grads.params.A != nullptr) {
+    launch_each(r * shape.window_height * shape.window_width, WindowWeightGrad<T>{call, grads.params.A}, stream);
+  }
+  sum(call, grads.params.a, {nullptr, 0, 1, call.before, r, r}, stream);
+  sum(call, grads.params.G, {source, source_stride, S, call.gate, r, r}, stream);
+  sum(call, grads.params.c, {nullptr, 0, 1, call.gate, r, r}, stream);
+  if (shape.family == Family::kAffine) {
+    sum(call, grads.params.B, {source, source_stride, 1, dy, D, d, true}, stream);
+  } else if (depthwise) {
+    sum(call, grads.params.B, {dy, D, d, call.hidden, r, r}, stream);
+  } else {
+    sum(call, grads.params.B, {call.hidden, r, r, dy, D, d}, stream);
+  }
+  sum(call, grads.params.b, {nullptr, 0, 1, dy, D, d}, stream);
   return launch_error();
 }
 
