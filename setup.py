@@ -6,8 +6,8 @@ Both also run as part of every wheel and editable install.
 
 Environment:
     ESPER_CUDA: `auto` (default: on when nvcc is found), `0` or `1`; a GPU is never asked for.
-    ESPER_SANITIZE: 1 builds with AddressSanitizer and UndefinedBehaviorSanitizer and without CUDA, in
-        a folder of its own; `make sanitize` runs the kernel tests on it.
+    ESPER_SANITIZE: 1 builds with AddressSanitizer and UndefinedBehaviorSanitizer and without CUDA,
+        in a folder of its own; `make sanitize` runs the kernel tests on it.
     CUDA_HOME: where the CUDA toolkit is; else nvcc on PATH, else /usr/local/cuda.
     CXX: the C++ compiler, default g++.
     MAX_JOBS: compile jobs at once, default the number of cores.
@@ -215,7 +215,8 @@ def ninja_text(output: Path) -> str:
     ]
     optimise = f"-O1 -g1 {SANITIZERS}" if SANITIZE else "-O3 -g0"
     cxxflags = [
-        f"-std=c++20 {optimise} -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno",
+        f"-std=c++20 {optimise} -fPIC -fopenmp -fvisibility=hidden",
+        "-ffp-contract=fast -fno-math-errno",
         "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi",
         f"-I{ROOT / 'csrc'}",
         *(f"-isystem {path}" for path in includes),
