@@ -2,6 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+CYCLES ?= 300
 
 BIN := .venv/bin
 STAMP := .venv/.esper-setup
@@ -9,7 +10,7 @@ BUILD_REQUIRES := 'setuptools>=77' wheel 'pybind11>=2.13' ninja 'grpcio-tools>=1
 # Spinning OpenMP workers of several processes on few cores slow each other down a hundredfold.
 QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: arenas chaos-train setup protos native demo test sanitize lint typecheck bench targets clean
+.PHONY: arenas chaos chaos-train setup protos native demo test sanitize lint typecheck bench targets clean
 
 setup: $(STAMP) native
 
@@ -50,6 +51,10 @@ sanitize: setup
 	    $(CURDIR)/$(BIN)/python -m pytest -q -p no:xdist -p no:cacheprovider --timeout 600 -c $(CURDIR)/pyproject.toml \
 	    --rootdir $(CURDIR) -k "not repeat" $(KERNEL_TESTS:%=$(CURDIR)/tests/kasmina/%) $(CURDIR)/tests/csrc) || exit 1; \
 	done
+
+# Kills a server under load and compares; a failure prints the folder with its store and log.
+chaos: setup
+	PYTHONPATH=tests $(BIN)/python -m chaos --cycles $(CYCLES)
 
 lint: setup typecheck
 	$(BIN)/black --check --quiet . || { $(BIN)/black --check .; exit 1; }

@@ -38,7 +38,8 @@ def idempotent_methods() -> list[tuple[str, str]]:
     """Returns (service, method) of every RPC that may be sent twice.
 
     Those are the reading ones, acknowledgements, which change nothing the second time, and the
-    unary writing ones whose request has a `request_id`.
+    unary writing ones whose request has a `request_id`. Those that stream their answer are left to
+    the caller, who knows how much has come.
     """
     methods = []
     for file in _FILES:
@@ -47,7 +48,8 @@ def idempotent_methods() -> list[tuple[str, str]]:
                 writes_once = (
                     not method.client_streaming and _REQUEST_ID in method.input_type.fields_by_name
                 )
-                if method.name.startswith(_REPEATABLE) or writes_once:
+                repeatable = method.name.startswith(_REPEATABLE) or writes_once
+                if repeatable and not method.server_streaming:
                     methods.append((service.full_name, method.name))
     return methods
 

@@ -15,9 +15,9 @@ from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import digest_pb2
 from esper.common.v1 import kernel_pb2
 from esper.urza.cache import BlobCache
+from esper.urza.transfer import ATTEMPTS
 from esper.urza.transfer import MAX_DIGESTS
 from esper.urza.transfer import PAGE_SIZE
-from esper.urza.transfer import UPLOAD_ATTEMPTS
 from esper.urza.transfer import Download
 from esper.urza.transfer import digest_of
 from esper.urza.transfer import new_id
@@ -52,7 +52,7 @@ class AsyncUrzaClient:
     async def write_blob(self, data: bytes) -> digest_pb2.Digest:
         """Stores some bytes and returns their digest, once they are durable."""
         digest = digest_of(data)
-        for attempt in range(UPLOAD_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             try:
                 with readable_errors():
                     offset = 0 if attempt == 0 else await self._committed(digest)
@@ -75,18 +75,27 @@ class AsyncUrzaClient:
     async def read_blob(self, digest: digest_pb2.Digest) -> bytes:
         """Returns the bytes of a blob, from the cache where they are there.
 
+        A download that breaks goes on where it stopped.
+
         Raises:
             RpcError: NOT_FOUND; DATA_LOSS where what came is not what the digest says.
         """
         if self._cache is not None and (known := self._cache.get(digest)) is not None:
             return known
         download = Download(digest)
-        with readable_errors():
-            async for answer in self._blobs.ReadBlob(
-                blob_pb2.ReadBlobRequest(digest=digest),
-                timeout=transfer_timeout_s(digest.size_bytes),
-            ):
-                download.add(answer.data)
+        for attempt in range(ATTEMPTS):
+            try:
+                with readable_errors():
+                    async for answer in self._blobs.ReadBlob(
+                        download.request(),
+                        timeout=transfer_timeout_s(digest.size_bytes),
+                        wait_for_ready=attempt > 0,
+                    ):
+                        download.add(answer.data)
+                break
+            except RpcError as error:
+                if not worth_another_attempt(error, attempt):
+                    raise
         data = download.verified()
         if self._cache is not None:
             self._cache.put(digest, data)

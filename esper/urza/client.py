@@ -16,9 +16,9 @@ from esper.common.v1 import digest_pb2
 from esper.common.v1 import kernel_pb2
 from esper.urza.cache import BlobCache
 from esper.urza.runs import RunClient
+from esper.urza.transfer import ATTEMPTS
 from esper.urza.transfer import MAX_DIGESTS
 from esper.urza.transfer import PAGE_SIZE
-from esper.urza.transfer import UPLOAD_ATTEMPTS
 from esper.urza.transfer import Download
 from esper.urza.transfer import digest_of
 from esper.urza.transfer import new_id
@@ -63,7 +63,7 @@ class UrzaClient:
         An upload that breaks goes on where it stopped.
         """
         digest = digest_of(data)
-        for attempt in range(UPLOAD_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             try:
                 with readable_errors():
                     offset = 0 if attempt == 0 else self._committed(digest)
@@ -87,6 +87,8 @@ class UrzaClient:
     def read_blob(self, digest: digest_pb2.Digest) -> bytes:
         """Returns the bytes of a blob, from the cache where they are there.
 
+        A download that breaks goes on where it stopped.
+
         Raises:
             RpcError: NOT_FOUND; DATA_LOSS where what came is not what the digest says.
         """
@@ -99,13 +101,20 @@ class UrzaClient:
         return data
 
     def _fetch(self, digest: digest_pb2.Digest) -> bytes:
-        request = blob_pb2.ReadBlobRequest(digest=digest)
         download = Download(digest)
-        with readable_errors():
-            for answer in self._blobs.ReadBlob(
-                request, timeout=transfer_timeout_s(digest.size_bytes)
-            ):
-                download.add(answer.data)
+        for attempt in range(ATTEMPTS):
+            try:
+                with readable_errors():
+                    for answer in self._blobs.ReadBlob(
+                        download.request(),
+                        timeout=transfer_timeout_s(digest.size_bytes),
+                        wait_for_ready=attempt > 0,
+                    ):
+                        download.add(answer.data)
+                break
+            except RpcError as error:
+                if not worth_another_attempt(error, attempt):
+                    raise
         return download.verified()
 
     def find_missing_blobs(self, digests: Sequence[digest_pb2.Digest]) -> list[digest_pb2.Digest]:

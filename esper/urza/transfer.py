@@ -14,7 +14,7 @@ from esper.urza.v1 import blob_pb2
 
 CHUNK_BYTES = 1 << 20
 PAGE_SIZE = 200
-UPLOAD_ATTEMPTS = 5
+ATTEMPTS = 5
 MAX_DIGESTS = 1000
 _AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
 
@@ -36,7 +36,7 @@ def transfer_timeout_s(size_bytes: int) -> float:
 
 def worth_another_attempt(error: RpcError, attempt: int) -> bool:
     """Returns whether an upload should go on after its `attempt`-th try, from 0, has failed."""
-    return error.code in _AGAIN and attempt < UPLOAD_ATTEMPTS - 1
+    return error.code in _AGAIN and attempt < ATTEMPTS - 1
 
 
 def upload_messages(
@@ -65,11 +65,18 @@ class Download:
         self._digest = digest
         self._hasher = hashlib.sha256()
         self._chunks: list[bytes] = []
+        self.size_bytes = 0
+        """Number of bytes that have come."""
+
+    def request(self) -> blob_pb2.ReadBlobRequest:
+        """Returns the request for what has not come yet."""
+        return blob_pb2.ReadBlobRequest(digest=self._digest, read_offset=self.size_bytes)
 
     def add(self, chunk: bytes) -> None:
         """Takes the next chunk."""
         self._hasher.update(chunk)
         self._chunks.append(chunk)
+        self.size_bytes += len(chunk)
 
     def verified(self) -> bytes:
         """Returns the whole.

@@ -131,9 +131,10 @@ def test_only_what_may_be_sent_twice_is_retried() -> None:
     retried = set(idempotent_methods())
     for method in ("GetKernel", "ListKernels", "CreateKernel", "UpdateKernelState"):
         assert ("esper.urza.v1.LibraryService", method) in retried
-    assert ("esper.urza.v1.BlobService", "ReadBlob") in retried
     assert ("esper.oona.v1.EventService", "Acknowledge") in retried
     for method in (
+        # Its client goes on where it broke off; gRPC's own retries can leave such a call hanging.
+        ("esper.urza.v1.BlobService", "ReadBlob"),
         ("esper.urza.v1.BlobService", "WriteBlob"),
         ("esper.oona.v1.EventService", "Publish"),
         ("esper.oona.v1.EventService", "Subscribe"),
