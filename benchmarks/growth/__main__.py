@@ -24,14 +24,14 @@ from benchmarks.growth.arena import Outcome
 from benchmarks.growth.page import write_results
 from esper.plane import EmbeddedPlane
 
-ARENAS: dict[str, Callable[[], Arena]] = {
+ARENAS: dict[str, Callable[[int], Arena]] = {
     "width": arenas.width,
     "depth": arenas.depth,
     "conv": arenas.conv,
     "text": arenas.text,
     "extend": extend.extend,
     "sizing-digits": sizing.sizing,
-    "sizing-table": partial(sizing.sizing, "table"),
+    "sizing-table": partial(sizing.sizing, task_name="table"),
     "stream": stream.stream,
     "shuffled": shuffled.shuffled,
 }
@@ -62,13 +62,13 @@ def main(
     torch.set_num_threads(1)
     with EmbeddedPlane() as plane:
         for name in names or ARENAS:
-            arena = ARENAS[name]()
+            arena = ARENAS[name](first_seed)
             number = 2 if quick else seeds or arena.num_seeds
             folder = out / name
             folder.mkdir(parents=True, exist_ok=True)
             outcomes: list[Outcome] = []
             for seed in range(first_seed, first_seed + number):
-                outcomes += _seed(arena, seed, plane.address, folder, ablate, tune)
+                outcomes += _seed(ARENAS[name](seed), seed, plane.address, folder, ablate, tune)
                 print(f"{name}: seed {seed} done", file=sys.stderr, flush=True)
             print(write_results(arena, outcomes, folder))
 

@@ -1,7 +1,7 @@
 """A trained host meets a new domain: what is learnt of the new, and what is left of the old.
 
 The old domain is the digits, the new one the digits turned by 90 degrees. No old sample is shown
-again. Growth and LoRA leave the host as it is and train what they add.
+again. Growth and LoRA leave the host's weights as they are and train what they add.
 """
 
 from collections.abc import Iterator
@@ -73,6 +73,7 @@ class Extend(Arena):
         fresh = old.host(seed, HOST_SIZE)
         fresh.load_state_dict(weights)
         fresh.requires_grad_(False)
+        fresh.net[2].bias.requires_grad_(True)  # or there is no gradient to score places by
         fresh.net = nest(fresh.net, 2)
         model = esper.wrap(fresh, target_layers=nested_names("net", 3), seeds_per_layer=1)
         grown = train_grown(
@@ -128,9 +129,9 @@ def _both(old: Split, new: Split, number: int) -> Split:
     )
 
 
-def extend() -> Arena:
+def extend(seed: int) -> Arena:
     """Digits, then digits turned by 90 degrees."""
-    base = width()
+    base = width(seed)
     fields = {name: getattr(base, name) for name in base.__dataclass_fields__}
     config = replace(base.config, candidates=(Candidate(blueprint="widen", ranks=(8, 16, 32)),))
     return Extend(

@@ -33,9 +33,9 @@ def shuffle(split: Split, seed: int) -> Split:
     return Split(split.inputs, split.targets[order])
 
 
-def shuffled() -> Arena:
+def shuffled(seed: int) -> Arena:
     """Digits with shuffled labels."""
-    base = width()
+    base = width(seed)
     fields = {name: getattr(base, name) for name in base.__dataclass_fields__}
     return Shuffled(
         **{

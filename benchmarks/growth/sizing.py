@@ -24,6 +24,7 @@ from esper.config import Candidate
 from esper.kasmina import MorphableModel
 from esper.tolaria import tasks
 from esper.tolaria.tasks import Split
+from esper.tolaria.tasks.digits import digits
 
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 SWEEP = "best of a sweep of sizes"
@@ -68,10 +69,10 @@ class Sizing(Arena):
         return replace(found, flops=flops, wall_s=walls, extra={"size": float(best)})
 
 
-def sizing(task_name: str = "digits", host_size: int = 4) -> Arena:
+def sizing(seed: int, task_name: str = "digits", host_size: int = 4) -> Arena:
     """A hidden layer of unknown width."""
-    base = width()
-    task = tasks.get(task_name)
+    base = width(seed)
+    task = digits(seed) if task_name == "digits" else tasks.get(task_name)
 
     def host(seed: int) -> MorphableModel:
         model = task.host(seed, host_size)

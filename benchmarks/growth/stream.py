@@ -123,9 +123,9 @@ def _accuracy(model: nn.Module, batch: LabelledBatch) -> float:
     return float((scores.argmax(dim=-1) == targets).float().mean())
 
 
-def stream() -> Arena:
+def stream(seed: int) -> Arena:
     """Digits with label permutations."""
-    base = width()
+    base = width(seed)
     fields = {name: getattr(base, name) for name in base.__dataclass_fields__}
     return Stream(
         **{
