@@ -21,6 +21,7 @@ from benchmarks.growth import sizing
 from benchmarks.growth import stream
 from benchmarks.growth.arena import Arena
 from benchmarks.growth.arena import Outcome
+from benchmarks.growth.gromo import gromo
 from benchmarks.growth.page import write_results
 from esper.plane import EmbeddedPlane
 
@@ -49,6 +50,12 @@ ARENAS: dict[str, Callable[[int], Arena]] = {
 @click.option(
     "--tune", is_flag=True, help="Measure on validation data; use other seeds than those reported."
 )
+@click.option(
+    "--gromo",
+    "gromo_python",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Python of an environment with GroMo, which then takes part in the width arena.",
+)
 def main(
     names: tuple[str, ...],
     out: Path,
@@ -57,6 +64,7 @@ def main(
     quick: bool,
     ablate: bool,
     tune: bool,
+    gromo_python: Path | None,
 ) -> None:
     """Runs arenas and writes their outcomes, tables and plots."""
     torch.set_num_threads(1)
@@ -68,7 +76,11 @@ def main(
             folder.mkdir(parents=True, exist_ok=True)
             outcomes: list[Outcome] = []
             for seed in range(first_seed, first_seed + number):
-                outcomes += _seed(ARENAS[name](seed), seed, plane.address, folder, ablate, tune)
+                arena = ARENAS[name](seed)
+                outcomes += _seed(arena, seed, plane.address, folder, ablate, tune)
+                if gromo_python is not None and name == "width":
+                    split = "validation" if tune else "test"
+                    outcomes.append(gromo(gromo_python, arena.task, seed, split, folder))
                 print(f"{name}: seed {seed} done", file=sys.stderr, flush=True)
             print(write_results(arena, outcomes, folder))
 

@@ -42,22 +42,20 @@ from esper.tolaria.tasks.digits import digits
 from esper.tolaria.tasks.digits import digits_cnn
 from esper.tolaria.tasks.text import CharTransformer
 
-DIRECT = GraftConfig(
-    fan_in="singular", training_steps=0, ramp="none", ramp_steps=10, stabilization_steps=0
-)
-"""The recipe that validation data chose: seeds born along the wanted update, at full strength."""
+DIRECT = GraftConfig(training_steps=0, ramp="none", ramp_steps=10, stabilization_steps=0)
+"""Seeds enter at full strength and train with the host until their trial."""
 
 EARLY = GrowthConfig(when="early", first_epoch=0, max_live=3, min_score_ratio=1.0)
 
 
 def ablations(config: EsperConfig) -> dict[str, EsperConfig]:
-    """Returns the configuration with each element of the recipe turned off in turn."""
+    """Returns the configuration with each element of the recipe changed in turn."""
     graft, growth = config.graft, config.growth
     steps = max(1, graft.ramp_steps // 2)
     isolated = replace(graft, training_steps=steps, ramp="cosine", ramp_steps=steps)
     return {
-        "how: fan-in drawn by the blueprint": replace(
-            config, graft=replace(graft, fan_in="blueprint")
+        "how: fan-in along the wanted update": replace(
+            config, graft=replace(graft, fan_in="singular")
         ),
         "when: periodic": replace(config, growth=replace(growth, when="periodic")),
         "when: on a plateau": replace(config, growth=replace(growth, when="plateau")),
@@ -124,7 +122,7 @@ def width(seed: int) -> Arena:
         epochs=28,
         num_held_out=128,
         config=config,
-        grown=Recipe(learning_rate=0.02),
+        grown=Recipe(learning_rate=0.03),
         static={
             FINAL: Recipe(learning_rate=0.05),
             SMALL: Recipe(learning_rate=0.05),
