@@ -27,6 +27,7 @@ from esper.tolaria.tasks import Split
 
 PERMUTATIONS = 30
 STEPS_EACH = 40
+LEARNING_RATE = 0.005
 
 
 class _Permuted(Collection[LabelledBatch]):
@@ -65,7 +66,7 @@ class Stream(Arena):
     def _live(
         self, arm: str, model: nn.Module, seed: int, split: Split, plane: str | None
     ) -> Outcome:
-        task, rate = self.task, self.static[FINAL].learning_rate
+        task, rate = self.task, LEARNING_RATE
         started = time.perf_counter()
         generator = torch.Generator().manual_seed(seed)
         held_out = _Permuted(self.held_out.batches(task.batch_size))
