@@ -233,6 +233,20 @@ def small_slot(state=FULL, dtype=torch.float32, tokens=(130,)) -> Slot:
     return slot
 
 
+def spatial_slot(state=FULL, dtype=torch.float32, layout="channels first") -> Slot:
+    """Seeds of all families side by side over images, two of them reading the slot's input."""
+    torch.manual_seed(1)
+    h, x = (laid_out(torch.randn(2, 4, 3, width, dtype=dtype), layout) for width in (21, 5))
+    slot = Slot(h, x, torch.tensor([state] * 5))
+    shared = {"activation": "gelu", "hidden_bias": True, "output_bias": True}
+    slot.add(0, 4, 0, source="output", family="depthwise", window=3, **shared)
+    slot.add(4, 5, 1, source="input", family="squeeze_excite", rank=2, **shared)
+    slot.add(9, 4, 2, source="output", family="bottleneck", rank=3, **shared)
+    slot.add(13, 3, 3, source="output", family="affine", output_bias=True)
+    slot.add(17, 4, 4, source="input", family="depthwise", window=1)
+    return slot
+
+
 def close(actual: Tensor, expected: Tensor, scale: float = 1.0) -> None:
     tolerance = 1e-10 if actual.dtype == torch.float64 else 2e-5
     size = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from slot_oracle import Slot
 from slot_oracle import close
 from slot_oracle import oracle
 from slot_oracle import small_slot
+from slot_oracle import spatial_slot
 from torch.utils.flop_counter import FlopCounterMode
 
 import esper
@@ -55,8 +57,9 @@ def test_unknown_instruction_set_is_refused():
     assert "ESPER_CPU_CAPABILITY is 'sse9' but must be avx512, avx2 or portable" in result.stderr
 
 
-def test_gradcheck():
-    slot = small_slot(FULL, torch.float64, tokens=(5,)).with_grad()
+@pytest.mark.parametrize("make", [partial(small_slot, tokens=(5,)), spatial_slot])
+def test_gradcheck(make):
+    slot = make(FULL, torch.float64).with_grad()
 
     def call(h, x, *params):
         return ops.slot_forward(h, x, params, slot.scalars, slot.plan)[0]
@@ -64,9 +67,17 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(call, (slot.h, slot.x, *slot.params))
 
 
-@pytest.mark.parametrize("state", [TRAINING, GRAFTING])
-def test_opcheck(state):
-    slot = small_slot(state).with_grad()
+@pytest.mark.parametrize(
+    ("make", "state"),
+    [
+        (small_slot, TRAINING),
+        (small_slot, GRAFTING),
+        (spatial_slot, GRAFTING),
+        (partial(spatial_slot, layout="features last"), GRAFTING),
+    ],
+)
+def test_opcheck(make, state):
+    slot = make(state).with_grad()
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if state == GRAFTING:
         # Elsewhere a traced graph returns zeros where eager sends no gradient, which this check
