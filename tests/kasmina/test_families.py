@@ -48,6 +48,7 @@ def model():
 def test_one_call_runs_them_all_and_each_learns(model):
     images = torch.randn(4, 3, 8, 8)
     host = model.host[0](images)
+    model.enable_telemetry(False)  # a sampled step measures the seeds of the interpreter by a call
     with Calls() as calls:
         model(images).square().mean().backward()
     assert calls.counts == {"slot_forward": 1, "slot_backward": 1}
@@ -63,4 +64,4 @@ def test_telemetry_knows_every_family(model):
             parameter.data.normal_()
     model(torch.randn(4, 3, 8, 8)).square().mean().backward()
     for signal in model.collect_signals(epoch=0):
-        assert signal.seed_to_host_energy > 0, FAMILIES[signal.seed_index]
+        assert signal.relative_energy > 0, signal
