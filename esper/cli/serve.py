@@ -40,6 +40,21 @@ SERVICES = ("all", "urza", "tezzeret", "tamiyo", "oona")
     help="Serve plain text even where other machines can reach it.",
 )
 @click.option("--log-json", is_flag=True, help="Write log lines as JSON.")
+@click.option(
+    "--max-blob-bytes",
+    type=click.IntRange(min=0),
+    help="Quota of the blobs, uploads under way included. Default: the disk.",
+)
+@click.option(
+    "--max-row-bytes",
+    type=click.IntRange(min=1 << 20),
+    help="Largest size of the file with the rows of a store. Default: 1 TiB.",
+)
+@click.option(
+    "--keep-free-bytes",
+    type=click.IntRange(min=0),
+    help="Room on the disk below which writes are refused. Default: 64 MiB.",
+)
 def command(
     services: tuple[str, ...],
     listen: str | None,
@@ -47,6 +62,7 @@ def command(
     urza: str | None,
     insecure: bool,
     log_json: bool,
+    **limits: int | None,
 ) -> None:
     """Run the plane (NAME `all`), or some of its services: urza, tezzeret, tamiyo, oona.
 
@@ -61,6 +77,7 @@ def command(
         urza=urza,
         insecure=insecure,
         log_json=log_json,
+        limits={name: value for name, value in limits.items() if value is not None},
     )
     sys.stdout.flush()
     os.execve(server[0], server, server_environment())

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def server_command(
     insecure: bool = False,
     scratch: Path | None = None,
     log_json: bool = False,
+    limits: Mapping[str, int] | None = None,
 ) -> list[str]:
     """Returns the command line of a server.
 
@@ -28,6 +30,8 @@ def server_command(
         insecure: Accept plain text on an address that other machines reach.
         scratch: Stop once stdin ends or the parent process is gone, and remove this folder then.
         log_json: Log lines as JSON.
+        limits: How much each store may take, in bytes: `max_blob_bytes`, `max_row_bytes`,
+            `keep_free_bytes`; the server's own defaults for what is not named.
     """
     # -P: a file of the user's working directory must not stand in for a module of the server.
     command = [sys.executable, "-P", "-m", MODULE, *services]
@@ -40,6 +44,8 @@ def server_command(
         command += ["--exit-with-parent", str(scratch)]
     if log_json:
         command.append("--log-json")
+    for name, value in (limits or {}).items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
     return command
 
 

@@ -14,6 +14,7 @@ from esper.services.serving.context import StartupError
 from esper.services.serving.shell import ServerConfig
 from esper.services.serving.shell import select
 from esper.services.serving.shell import serve_process
+from esper.services.store.limits import StoreLimits
 
 
 def parse(arguments: Sequence[str]) -> tuple[ServerConfig, bool]:
@@ -32,6 +33,10 @@ def parse(arguments: Sequence[str]) -> tuple[ServerConfig, bool]:
         "--exit-with-parent", type=Path, metavar="FOLDER", help="and remove the parent's FOLDER"
     )
     parser.add_argument("--log-json", action="store_true")
+    limits = StoreLimits()
+    parser.add_argument("--max-blob-bytes", type=int, default=limits.max_blob_bytes)
+    parser.add_argument("--max-row-bytes", type=int, default=limits.max_row_bytes)
+    parser.add_argument("--keep-free-bytes", type=int, default=limits.keep_free_bytes)
     options = parser.parse_args(arguments)
     try:
         address = parse_address(options.listen)
@@ -45,6 +50,11 @@ def parse(arguments: Sequence[str]) -> tuple[ServerConfig, bool]:
         urza=urza,
         insecure=options.insecure,
         scratch=options.exit_with_parent,
+        store_limits=StoreLimits(
+            max_row_bytes=options.max_row_bytes,
+            max_blob_bytes=options.max_blob_bytes,
+            keep_free_bytes=options.keep_free_bytes,
+        ),
     )
     return config, options.log_json
 

@@ -29,6 +29,7 @@ from esper.services.serving.limits import MAX_MESSAGE_BYTES
 from esper.services.serving.limits import ServerLimits
 from esper.services.serving.listening import bind
 from esper.services.serving.listening import refuse_open_network
+from esper.services.store.limits import StoreLimits
 
 LOG = logging.getLogger("esper.serving")
 NAMES = ("urza", "tezzeret", "tamiyo", "oona")
@@ -50,6 +51,7 @@ class ServerConfig:
         scratch: Folder of the parent process. Where given, the server stops once stdin ends or the
             parent is gone, and removes the folder, which nobody else could do then.
         limits: What the server takes on at a time.
+        store_limits: How much each store may take.
     """
 
     names: tuple[str, ...]
@@ -59,6 +61,7 @@ class ServerConfig:
     insecure: bool = False
     scratch: Path | None = None
     limits: ServerLimits = ServerLimits()
+    store_limits: StoreLimits = StoreLimits()
 
 
 def select(names: Sequence[str]) -> tuple[str, ...]:
@@ -141,7 +144,9 @@ async def serve(config: ServerConfig, stopping: asyncio.Event) -> None:
     make_data_dir(config.data_dir)
     server = make_server(config.limits)
     address = bind(server, config.address)
-    context = ServiceContext(config.data_dir, config.urza or str(address), stopping)
+    context = ServiceContext(
+        config.data_dir, config.urza or str(address), stopping, config.store_limits
+    )
     services: list[Service] = []
     orphaned = asyncio.Event()
     watch: asyncio.Task[None] | None = None
