@@ -152,9 +152,9 @@ std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tenso
                                            const std::optional<at::Tensor>& x, at::TensorList params,
                                            bool telemetry) {
   const auto seeds = static_cast<std::int64_t>(call.seeds.size());
-  const auto from = Viewed::input(h);
-  const auto input = call.input_width > 0 ? Viewed::input(*x) : Viewed();
-  const auto y = Viewed::output(h, in_planes(h));
+  const auto from = Viewed::input(h, call.compute_type);
+  const auto input = call.input_width > 0 ? Viewed::input(*x, call.compute_type) : Viewed();
+  const auto y = Viewed::output(h, call.compute_type, in_planes(h));
   auto stats = at::empty({telemetry ? seeds : 0, kNumStats}, h.options().dtype(at::kDouble));
   const Operands<T> operands(call, params);
   auto job = start_job<T>(call);
@@ -209,14 +209,14 @@ template <class T>
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
     const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
     const std::optional<at::Tensor>& x, at::TensorList params, at::IntArrayRef need) {
-  const auto grad = Viewed::input(dy);
-  const auto from = call.reads_output ? Viewed::input(*h) : Viewed();
-  const auto input = call.input_width > 0 ? Viewed::input(*x) : Viewed();
+  const auto grad = Viewed::input(dy, call.compute_type);
+  const auto from = call.reads_output ? Viewed::input(*h, call.compute_type) : Viewed();
+  const auto input = call.input_width > 0 ? Viewed::input(*x, call.compute_type) : Viewed();
   const bool need_dh = need[kNeedHost] != 0;
   const bool need_dx = need[kNeedInput] != 0 && input.defined();
   const bool planes = in_planes(h.has_value() && h->defined() ? *h : dy);
-  const auto dh = need_dh ? Viewed::output(dy, planes) : Viewed();
-  const auto dx = need_dx ? Viewed::output(*x, planes && x->dim() >= 3) : Viewed();
+  const auto dh = need_dh ? Viewed::output(dy, call.compute_type, planes) : Viewed();
+  const auto dx = need_dx ? Viewed::output(*x, call.compute_type, planes && x->dim() >= 3) : Viewed();
 
   const Operands<T> operands(call, params);
   auto job = start_job<T>(call);
@@ -275,7 +275,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
     });
   }
   const auto absent = [&] { return at::empty({0}, dy.options()); };
-  return {need_dh ? dh.tensor : absent(), need_dx ? dx.tensor : absent(), std::move(dparams)};
+  return {need_dh ? dh.tensor : absent(), need_dx ? dx.tensor.to(x->scalar_type()) : absent(), std::move(dparams)};
 }
 
 std::tuple<at::Tensor, at::Tensor> slot_forward_cpu(const at::Tensor& h,

@@ -50,29 +50,37 @@ inline cpu::Element element_of(at::ScalarType type) {
                                : cpu::Element::kNative;
 }
 
+// Whether kernels that compute in `type` read and write tensors stored in `stored`.
+inline bool storable(at::ScalarType stored, at::ScalarType type) {
+  return stored == type || (type == at::kFloat && (stored == at::kBFloat16 || stored == at::kHalf));
+}
+
 // A tensor with its view, or neither.
 struct Viewed {
   at::Tensor tensor;
   cpu::View view;
 
-    // To be read; copied only where its layout is unknown to the kernels.
-  static Viewed input(const at::Tensor& given) {
+    // To be read by kernels that compute in `type`; copied only where they do not know its layout or its type.
+  static Viewed input(const at::Tensor& given, at::ScalarType type) {
     Viewed result;
     const auto layout = layout_of(given);
     result.tensor = layout.has_value() ? given : given.contiguous();
-    result.view = layout.has_value() ? *layout : *layout_of(result.tensor);
-    result.view.element = element_of(given.scalar_type());
+    if (!storable(given.scalar_type(), type)) result.tensor = result.tensor.to(type).contiguous();
+    result.view = *layout_of(result.tensor);
+    result.view.element = element_of(result.tensor.scalar_type());
     result.view.data = const_cast<void*>(result.tensor.const_data_ptr());
     return result;
   }
 
-  // To be written: of the sizes and the type of `like`, in planes or contiguous.
-  static Viewed output(const at::Tensor& like, bool planes) {
+  // To be written: of the sizes of `like`, in planes or contiguous, and of its type if kernels that compute in
+  // `type` can write that, else of `type`.
+  static Viewed output(const at::Tensor& like, at::ScalarType type, bool planes) {
     Viewed result;
-    result.tensor = planes ? at::movedim(at::empty(at::movedim(like, -1, 1).sizes(), like.options()), 1, -1)
-                           : at::empty(like.sizes(), like.options());
+    const auto options = like.options().dtype(storable(like.scalar_type(), type) ? like.scalar_type() : type);
+    result.tensor = planes ? at::movedim(at::empty(at::movedim(like, -1, 1).sizes(), options), 1, -1)
+                           : at::empty(like.sizes(), options);
     result.view = *layout_of(result.tensor);
-    result.view.element = element_of(like.scalar_type());
+    result.view.element = element_of(result.tensor.scalar_type());
     result.view.data = result.tensor.mutable_data_ptr();
     return result;
   }

@@ -56,6 +56,18 @@ def test_layouts_may_differ_between_the_tensors_of_a_call(kind):
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("host", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize("other", [torch.float32, torch.float64, *HALVES])
+def test_the_input_may_be_of_another_type(host, other):
+    torch.manual_seed(0)
+    h, dy = torch.randn(4, 6, 47).to(host), torch.randn(4, 6, 47).to(host)
+    x = torch.randn(4, 6, 13).to(other)
+    wide = torch.float64 if host == torch.float64 else torch.float32
+    for ours, wanted in zip(run(h, x, dy), run(h.to(wide), x.to(wide), dy.to(wide)), strict=True):
+        assert torch.equal(ours, wanted.to(ours.dtype))
+    assert run(h, x, dy)[3].dtype == other
+
+
 def test_a_gradient_without_strides():
     torch.manual_seed(0)
     h, x = torch.randn(4, 6, 47), torch.randn(4, 6, 13)

@@ -54,14 +54,14 @@ class Arena {
 template <class T>
 T largest_magnitude(const T* values, std::int64_t count) {
   if (values == nullptr) return T(0);
-  T largest = 0, total = 0;  // the sum is not finite where any element is not
-#pragma omp simd reduction(max : largest) reduction(+ : total)
+  T largest = 0, doubt = 0;  // not 0 where any element is not finite
+#pragma omp simd reduction(max : largest) reduction(+ : doubt)
   for (std::int64_t i = 0; i < count; ++i) {
     const T magnitude = std::abs(values[i]);
-    total += magnitude;
+    doubt += magnitude - magnitude;
     largest = magnitude > largest ? magnitude : largest;
   }
-  return total <= std::numeric_limits<T>::max() ? largest : std::numeric_limits<T>::infinity();
+  return doubt == T(0) ? largest : std::numeric_limits<T>::infinity();
 }
 
 // Fills in everything of job.seeds but shape, scalars, trains and sends. `tensors[i]` are the row-major
