@@ -6,6 +6,7 @@ from chaos.run import run_chaos
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_server_keeps_every_promise() -> None:
     outcome = run_chaos(num_cycles=5, seed=11)
     assert outcome.faults == []
