@@ -81,6 +81,8 @@ def slot_info(layer: KasminaLayer) -> signal_pb2.SlotInfo:
         kind=layer.kind,
         chunk_widths=[end - begin for begin, end in layer.bounds],
     )
+    if layer.inlet.name is not None:
+        info.entry = layer.inlet.name
     if layer.dtype in _DTYPES:
         info.dtype = _DTYPES[layer.dtype]
     if layer.device is not None and layer.device.type in _DEVICE_CLASSES:

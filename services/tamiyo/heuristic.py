@@ -324,10 +324,15 @@ def _signature(
 
 
 def _slot_parameters(graph: signal_pb2.HostGraph | None, slot: str) -> int:
-    """Returns the parameters of the slot's module and everything inside it."""
+    """Returns the parameters of the slot's module, of a bridge's first one, and of all inside."""
     if graph is None:
         return 0
-    return sum(node.num_parameters for node in graph.nodes if _inside(node.name, slot))
+    entries = {node.slot.entry for node in graph.nodes if node.name == slot and node.slot.entry}
+    return sum(
+        node.num_parameters
+        for node in graph.nodes
+        if _inside(node.name, slot) or any(_inside(node.name, entry) for entry in entries)
+    )
 
 
 def _inside(name: str, slot: str) -> bool:
