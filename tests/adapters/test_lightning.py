@@ -56,18 +56,18 @@ def _fit(net: nn.Module, epochs: int, callbacks: list[object], folder: Path) -> 
         trainer.fit(Module(net), DataLoader(data, batch_size=64))
 
 
-def _callback(plane: str) -> object:
+def _callback(plane: str, mode: str = "async") -> object:
     from esper.adapters.lightning import GrowthCallback
 
     return GrowthCallback(
-        held_out=TASK.held_out_batches(), loss=TASK.loss, plane=plane, mode="lockstep", config=QUICK
+        held_out=TASK.held_out_batches(), loss=TASK.loss, plane=plane, mode=mode, config=QUICK
     )
 
 
 def test_a_seed_lives_through_a_fit(tmp_path: Path) -> None:
     model = esper.wrap(TASK.host(0), "auto", seeds_per_layer=1)
     with EmbeddedPlane() as plane:
-        callback = _callback(plane.address)
+        callback = _callback(plane.address, "lockstep")
         _fit(model, 5, [callback], tmp_path)
     history = callback.history  # type: ignore[attr-defined]
     assert len(history.epochs) == 5
