@@ -25,20 +25,21 @@ from collections.abc import Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Literal
+from typing import get_args
 
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from esper.blueprints.digest import kernel_digest
-from esper.common.v1 import blueprint_pb2
-from esper.common.v1 import kernel_pb2
 from esper.config import EsperConfig
 from esper.kasmina import MorphableModel
 from esper.kasmina import SeedLifecycleState
 from esper.kasmina import Transition
 from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria import recipe
+from esper.tolaria.asking import signatures
+from esper.tolaria.asking import to_proto
 from esper.tolaria.checkpoint import Checkpoint
 from esper.tolaria.checkpoint import read_checkpoint
 from esper.tolaria.checkpoint import write_checkpoint
@@ -64,6 +65,7 @@ from esper.tolaria.link import check_plane
 from esper.tolaria.optimizers import check_all
 from esper.tolaria.protocol import GraftProtocol
 from esper.tolaria.protocol import LiveGraft
+from esper.tolaria.replay import ReplayLink
 from esper.tolaria.state import AdviceState
 from esper.tolaria.state import RunRecord
 from esper.tolaria.state import Stateful
@@ -72,7 +74,7 @@ from esper.urza.v1 import library_pb2
 
 _log = logging.getLogger("esper")
 
-Mode = Literal["async", "lockstep"]
+Mode = Literal["async", "lockstep", "replay"]
 State = SeedLifecycleState
 
 _VERDICTS = {
@@ -97,7 +99,8 @@ class Session:
         plane: Address of a plane, or ``None`` to start an embedded one.
         mode: ``async`` takes what advice has arrived and never waits; ``lockstep`` waits for the
             answer to every observation, so that equal runs are equal to the bit, and for a plane
-            that is away to come back.
+            that is away to come back; ``replay`` takes the decisions of a recorded run, and needs
+            no plane.
         config: Everything else; ``None`` means the defaults.
         scaler: The scaler of the loss, where the loop has one.
         stateful: What else the training consists of, by name: schedulers, a GradScaler, samplers,
@@ -105,6 +108,8 @@ class Session:
             resumed with the session.
         resume: A checkpoint to go on from; model, optimizer and ``stateful`` must be made as they
             were for the run that wrote it. The loop then starts at ``session.epoch``.
+        replay: For mode ``replay``: a checkpoint that the recorded run wrote at its end. A run that
+            is set up as that one was ends with the same weights.
 
     Attributes:
         run: Id of the run; Urza keeps its history, hash-chained, as ``runs/{run}``.
@@ -130,6 +135,7 @@ class Session:
         scaler: GradScaler | None = None,
         stateful: Mapping[str, Stateful] | None = None,
         resume: str | PathLike[str] | Checkpoint | None = None,
+        replay: str | PathLike[str] | Checkpoint | None = None,
     ) -> None:
         if not isinstance(model, MorphableModel):
             raise ValueError(
@@ -138,8 +144,10 @@ class Session:
             )
         if epochs < 1:
             raise ValueError(f"epochs is {epochs}, but a run has at least 1 epoch")
-        if mode not in ("async", "lockstep"):
-            raise ValueError(f"mode is {mode!r}, but it must be 'async' or 'lockstep'")
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is {mode!r}, but it must be one of {', '.join(get_args(Mode))}")
+        if (mode == "replay") != (replay is not None):
+            raise ValueError(f"mode is {mode!r}, but 'replay' and a run to replay go together")
         if any(isinstance(getattr(o, "__self__", None), Session) for o in model.observers):
             raise ValueError("model is in an open session already: close that one first")
         self._optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
@@ -149,6 +157,8 @@ class Session:
         check_candidates(self._config.candidates)
         if resume is not None and not isinstance(resume, Checkpoint):
             resume = read_checkpoint(resume)
+        if replay is not None and not isinstance(replay, Checkpoint):
+            replay = read_checkpoint(replay)
         self._model = model
         self._epochs = epochs
         self._held_out = held_out
@@ -175,15 +185,19 @@ class Session:
         self._step_hooks = [
             user.register_step_post_hook(self._on_step) for user in self._optimizers
         ]
-        self._link = PlaneLink(
-            plane,
-            self._config.candidates,
-            self.run,
-            patience_s=self._config.lockstep_timeout_s if mode == "lockstep" else 0.0,
-            state=None if resume is None else resume.record.link_state(),
-        )
+        self._link: PlaneLink | ReplayLink
+        if replay is not None:
+            self._link = ReplayLink(replay.record.decisions)
+        else:
+            self._link = PlaneLink(
+                plane,
+                self._config.candidates,
+                self.run,
+                patience_s=self._config.lockstep_timeout_s if mode == "lockstep" else 0.0,
+                state=None if resume is None else resume.record.link_state(),
+            )
         if resume is not None:  # the plane may be another one, with an empty library
-            self._link.compile(self._signatures())
+            self._link.compile(signatures(self._model))
         self._warn_of_strangers()
 
     def __enter__(self) -> "Session":
@@ -448,7 +462,7 @@ class Session:
 
     def _consult(self, record: EpochRecord, *, apply: bool) -> None:
         graph = self._model.host_graph()
-        self._link.compile(self._signatures())
+        self._link.compile(signatures(self._model))
         observation = controller_pb2.Observation(
             run=self.run,
             epoch=self._epoch,
@@ -462,7 +476,7 @@ class Session:
             ],
             num_parameters=record.parameters,
             flops_per_sample=self.cost.forward_flops_per_sample(),
-            budget=self._budget(),
+            budget=to_proto(self._config.budget),
             recipe=recipe.to_proto(self._config.growth),
             trials=self._outcomes,
         )
@@ -475,7 +489,7 @@ class Session:
         message = record.to_proto(self.run)
         self._link.publish("system.events.epoch", message)
         self._link.record(message)
-        if self._mode == "lockstep":
+        if self._mode != "async":
             advice = self._link.wait(self._epoch, self._config.lockstep_timeout_s)
         else:
             advice = self._link.take()
@@ -483,26 +497,6 @@ class Session:
             for item in sorted(advice, key=lambda item: -item.decision.urgency):
                 self._taken.append(AdviceState.of(item, self._epoch))
                 self._apply(item)
-
-    def _signatures(self) -> list[kernel_pb2.KernelSignature]:
-        sources = (blueprint_pb2.SEED_SOURCE_INPUT, blueprint_pb2.SEED_SOURCE_OUTPUT)
-        return [
-            self._model.signature(name, seed, source)
-            for name, layer in self._model.slots.items()
-            if layer.width is not None
-            for seed in range(layer.num_seeds)
-            for source in sources
-            if source == blueprint_pb2.SEED_SOURCE_OUTPUT or layer.source_width is not None
-        ]
-
-    def _budget(self) -> controller_pb2.Budget:
-        limits = self._config.budget
-        budget = controller_pb2.Budget(min_gain_per_mflop=limits.min_gain_per_mflop)
-        if limits.max_parameters is not None:
-            budget.max_parameters = limits.max_parameters
-        if limits.max_flops_per_sample is not None:
-            budget.max_flops_per_sample = limits.max_flops_per_sample
-        return budget
 
     def _apply(self, advice: Advice) -> None:
         decision = advice.decision

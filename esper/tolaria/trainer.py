@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
+from os import PathLike
 from typing import cast
 
 from torch import nn
@@ -132,7 +133,8 @@ class Trainer:
         loss: Maps (model, batch) to per-sample losses, shape [samples].
         epochs: Number of epochs; at least 1.
         plane: Address of a plane, or ``None`` to start an embedded one.
-        mode: ``async`` or ``lockstep``, see ``Session``.
+        mode: ``async``, ``lockstep`` or ``replay``, see ``Session``.
+        replay: The run to replay, see ``Session``.
         config: Growth configuration; ``None`` means the defaults.
         on_epoch: Called with every epoch's record, for schedulers, progress bars and logs.
         stateful: What else the training consists of, see ``Session``; not the data's position,
@@ -163,6 +165,7 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
         save_every_steps: int | None = None,
         resume: bool = False,
+        replay: str | PathLike[str] | None = None,
     ) -> None:
         if checkpoints is None and (resume or save_every_steps is not None):
             raise ValueError("checkpoints is None, but resume and save_every_steps need a place")
@@ -192,6 +195,7 @@ class Trainer:
             plane=plane,
             mode=mode,
             config=config,
+            replay=replay,
             stateful={**(stateful or {}), "position": self._position},
         )
 

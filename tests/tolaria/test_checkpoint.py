@@ -56,7 +56,12 @@ class _Noisy(nn.Module):
 
 
 def _run(
-    plane: str, folder: Path, make: Callable[..., Optimizer], *, resume: bool = False
+    plane: str,
+    folder: Path,
+    make: Callable[..., Optimizer],
+    *,
+    resume: bool = False,
+    replay: Path | None = None,
 ) -> tuple[MorphableModel, History, Optimizer]:
     """Trains; the batches are shuffled by the global random state, as a DataLoader does it."""
     torch.manual_seed(3)
@@ -82,7 +87,8 @@ def _run(
         loss=TASK.loss,
         epochs=EPOCHS,
         plane=plane,
-        mode="lockstep",
+        mode="lockstep" if replay is None else "replay",
+        replay=replay,
         config=CONFIG,
         on_epoch=lambda record: schedule.step(),
         stateful={"schedule": schedule},
@@ -128,6 +134,18 @@ def test_from_any_checkpoint_the_run_ends_as_it_ended(
     # One history, however often parts of it were told again.
     assert verdict.intact
     assert verdict.num_events == len(history.events) + len(history.epochs)
+
+
+def test_a_replayed_run_is_the_recorded_one_without_a_plane(plane: str, tmp_path: Path) -> None:
+    model, history, _ = _run(plane, tmp_path / "recorded", torch.optim.Adam)
+    recorded = Checkpoints(tmp_path / "recorded").paths()[0]
+    nowhere = "unix:/nonexistent/plane.sock"
+    again, told, _ = _run(nowhere, tmp_path / "again", torch.optim.Adam, replay=recorded)
+    assert told == history and told.plane_failure is None
+    assert any(event.after == "FOSSILIZED" for event in told.events)
+    assert _last_files(tmp_path / "again") == _last_files(tmp_path / "recorded")
+    with pytest.raises(ValueError, match="'replay' and a run to replay go together"):
+        _session(plane, mode="replay")
 
 
 def _session(plane: str, **arguments: object) -> tuple[MorphableModel, Session]:
