@@ -144,7 +144,7 @@ def extend(seed: int) -> Arena:
             "static": {
                 FINAL: Recipe(learning_rate=0.05),
                 FULL: Recipe(learning_rate=0.03),
-                LORA: Recipe(learning_rate=0.03),
+                LORA: Recipe(learning_rate=0.003),
             },
             "num_seeds": 10,
             "bars": (
