@@ -228,7 +228,7 @@ def test_kill_loses_no_acknowledgement_and_nothing_else(
     server = start_server("oona")
     with connect(server.address, timeout_s=20) as plane:
         publish(plane.oona, "a", 10)
-        member = plane.oona.subscribe_group("a", "g", 0, 1.5, max_in_flight=6)
+        member = plane.oona.subscribe_group("a", "g", 0, 4.0, max_in_flight=6)
         assert take(member, 6) == [(n, 1) for n in range(6)]
         assert plane.oona.acknowledge("a", "g", [0, 2, 4]) == 3
         assert take(member, 3) == [(6, 1), (7, 1), (8, 1)]

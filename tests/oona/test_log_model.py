@@ -173,6 +173,7 @@ class LogMachine(RuleBasedStateMachine):
                 got.add(offset)
                 if got >= wanted:
                     break
+        self.oona.list_topics()  # answered after the end of the subscription has come through
         assert got == wanted
         gone = {n for gap in gaps for n in range(gap.first_offset, gap.next_offset)}
         assert all(n < model.first for n in gone)
