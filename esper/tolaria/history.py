@@ -114,6 +114,7 @@ class TrialRecord:
         price: Loss that the seed's cost had to buy.
         p_value: One-sided p value of the paired t test that the gain exceeds the price.
         level: Level that the p value was compared with.
+        flops_per_sample: Forward floating-point operations that the seed costs per sample.
     """
 
     epoch: int
@@ -127,6 +128,7 @@ class TrialRecord:
     price: float
     p_value: float
     level: float
+    flops_per_sample: float
 
 
 @dataclass(slots=True)

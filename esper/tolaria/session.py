@@ -27,17 +27,16 @@ from types import TracebackType
 from typing import Literal
 from typing import get_args
 
-from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from esper.blueprints.digest import kernel_digest
 from esper.config import EsperConfig
 from esper.kasmina import MorphableModel
 from esper.kasmina import SeedLifecycleState
 from esper.kasmina import Transition
 from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria import recipe
+from esper.tolaria import trials
 from esper.tolaria.asking import signatures
 from esper.tolaria.asking import to_proto
 from esper.tolaria.checkpoint import Checkpoint
@@ -46,17 +45,12 @@ from esper.tolaria.checkpoint import write_checkpoint
 from esper.tolaria.cost import TrainingCost
 from esper.tolaria.decisions import Decisions
 from esper.tolaria.decisions import action_name
-from esper.tolaria.decisions import flops_per_sample
 from esper.tolaria.evaluation import Batch
 from esper.tolaria.evaluation import SampleLoss
-from esper.tolaria.evaluation import Trial
-from esper.tolaria.evaluation import paired_trial
 from esper.tolaria.evaluation import sample_losses
-from esper.tolaria.evaluation import trial_level
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import History
 from esper.tolaria.history import LifecycleEvent
-from esper.tolaria.history import TrialRecord
 from esper.tolaria.link import Address
 from esper.tolaria.link import Advice
 from esper.tolaria.link import PlaneLink
@@ -64,12 +58,12 @@ from esper.tolaria.link import check_candidates
 from esper.tolaria.link import check_plane
 from esper.tolaria.optimizers import check_all
 from esper.tolaria.protocol import GraftProtocol
-from esper.tolaria.protocol import LiveGraft
 from esper.tolaria.replay import ReplayLink
 from esper.tolaria.state import AdviceState
 from esper.tolaria.state import RunRecord
 from esper.tolaria.state import Stateful
 from esper.tolaria.state import TrainingParts
+from esper.tolaria.trials import Trials
 from esper.urza.v1 import library_pb2
 
 _log = logging.getLogger("esper")
@@ -167,8 +161,6 @@ class Session:
         self._epoch = 0
         self._step = 0
         self._epoch_first_step = 0
-        self._num_trials = 0
-        self._outcomes: list[controller_pb2.TrialOutcome] = []  # since the last observation
         self._closed = False
         self.run = uuid.uuid4().hex if resume is None else resume.record.run
         self.history = History()
@@ -178,6 +170,7 @@ class Session:
         model.observers.append(self._on_transition)
         self._protocol = GraftProtocol(model, self._optimizers, self._config.graft, scaler)
         self._parts = TrainingParts(model, self._optimizers, self._protocol, stateful or {})
+        self._trials = Trials(model, held_out, loss, self._protocol, self.cost, self._config)
         self._taken: list[AdviceState] = []
         if resume is not None:
             self._go_on_from(resume)
@@ -246,7 +239,7 @@ class Session:
             raise ValueError(
                 f"epochs is {self._epochs}, but epoch_end was called {self._epoch + 1} times"
             )
-        losses = self._hold_trials()
+        losses = self._trials.hold(self._epoch, self.history.trials)
         last = self._epoch == self._epochs - 1
         if last and self._protocol.live:
             self._protocol.finish()
@@ -307,7 +300,6 @@ class Session:
         link = self._link.state()
         return RunRecord(
             run=self.run,
-            num_trials=self._num_trials,
             events=self.history.events,
             epochs=self.history.epochs,
             refusals=self.history.refusals,
@@ -331,7 +323,6 @@ class Session:
             raise
         self._epoch, self._step = training.epoch, training.step
         self._epoch_first_step = training.epoch_first_step
-        self._num_trials = record.num_trials
         self._taken = list(record.decisions)
         self.cost.resume(record.spent)
         self.history = History(
@@ -399,67 +390,6 @@ class Session:
             self._link.mark_deployed(kernel)
         self._link.report(report)
 
-    def _hold_trials(self) -> Tensor | None:
-        """Brings every graft that is due to its verdict.
-
-        Returns:
-            Held-out losses of the model as it is left, [samples]; ``None`` where none was measured.
-        """
-        due = self._protocol.due_for_trial()
-        if self._config.accept == "always":
-            for graft in due:
-                self._protocol.keep(graft, "kept without a trial")
-            return None
-        if not due:
-            return None
-        with_seed = sample_losses(self._model, self._held_out, self._loss)
-        self.cost.add_evaluation(len(with_seed))
-        for graft in due:
-            with self._model.muted(*graft.key):
-                without_seed = sample_losses(self._model, self._held_out, self._loss)
-            self.cost.add_trial(len(without_seed))
-            self._num_trials += 1
-            flops = flops_per_sample(self._model, graft.slot, graft.kernel)
-            trial = paired_trial(
-                with_seed,
-                without_seed,
-                level=trial_level(self._significance(graft), self._num_trials),
-                price=self._config.budget.min_gain_per_mflop * flops / 1e6,
-            )
-            outcome = controller_pb2.TrialOutcome(
-                slot=graft.slot,
-                seed=graft.seed,
-                accepted=trial.accepted,
-                gain=trial.gain,
-                flops_per_sample=flops,
-            )
-            self._outcomes.append(outcome)
-            self.history.trials.append(self._trial_record(graft, trial))
-            self._protocol.conclude(graft, trial)
-            if not trial.accepted:
-                with_seed = without_seed
-        return with_seed
-
-    def _trial_record(self, graft: LiveGraft, trial: Trial) -> TrialRecord:
-        return TrialRecord(
-            epoch=self._epoch,
-            slot=graft.slot,
-            seed=graft.seed,
-            kernel=kernel_digest(graft.kernel),
-            accepted=trial.accepted,
-            gain=trial.gain,
-            low=trial.low,
-            high=trial.high,
-            price=trial.price,
-            p_value=trial.p_value,
-            level=trial.level,
-        )
-
-    def _significance(self, graft: LiveGraft) -> float:
-        if graft.plan.HasField("significance"):
-            return min(graft.plan.significance, self._config.significance)
-        return self._config.significance
-
     def _consult(self, record: EpochRecord, *, apply: bool) -> None:
         graph = self._model.host_graph()
         self._link.compile(signatures(self._model))
@@ -478,9 +408,12 @@ class Session:
             flops_per_sample=self.cost.forward_flops_per_sample(),
             budget=to_proto(self._config.budget),
             recipe=recipe.to_proto(self._config.growth),
-            trials=self._outcomes,
+            trials=[
+                trials.to_proto(trial)
+                for trial in self.history.trials
+                if trial.epoch == self._epoch
+            ],
         )
-        self._outcomes.clear()
         if record.held_out_loss is not None:
             observation.held_out_loss = record.held_out_loss
         if record.train_loss is not None:

@@ -105,11 +105,10 @@ class RunRecord:
 
     Attributes:
         run: Its id.
-        num_trials: Held-out trials so far; each has spent its share of the significance.
         events: Lifecycle events.
         epochs: Epoch records.
         refusals: Decisions that were not carried out.
-        trials: Held-out trials.
+        trials: Held-out trials; each has spent its share of the significance.
         spent: Floating-point operations by category.
         decisions: All advice taken, in order.
         memory: What the policy remembers of the run.
@@ -118,7 +117,6 @@ class RunRecord:
     """
 
     run: str
-    num_trials: int
     events: list[LifecycleEvent]
     epochs: list[EpochRecord]
     refusals: list[str]
