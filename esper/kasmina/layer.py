@@ -111,6 +111,11 @@ class KasminaLayer(nn.Module):
         return bool(self._native or self._graphs)
 
     @property
+    def structure(self) -> str:
+        """Which seeds compute here, and what; equal while only their scalars change."""
+        return f"{self._plan} {self._graphs}"
+
+    @property
     def hooked(self) -> bool:
         """Whether the slot's module has the hook now."""
         return self._handle is not None
@@ -307,7 +312,10 @@ class KasminaLayer(nn.Module):
                 "call the wrapped model instead of its host, or turn the fast path off by "
                 "torch.backends.mha.set_fastpath_enabled(False)"
             )
-        self.calls += 1
+        # A traced graph must not depend on counters; those of dropout's draws alone are kept.
+        traced = torch.compiler.is_compiling()
+        if self._graphs or not traced:
+            self.calls += 1
         sampled = self._sampled_step is not None
         x = self.inlet.take(args, kwargs)
         if self.output_axes is None:
@@ -318,7 +326,8 @@ class KasminaLayer(nn.Module):
                 f"slot {self.name!r}: the output has {h.shape[-1]} features, but must have "
                 f"{self.width}"
             )
-        self._num_rows += h.numel() // h.shape[-1]
+        if not traced:
+            self._num_rows += h.numel() // h.shape[-1]
         if x is not None:
             x = self._aligned_input(x, host, h) if self._reads_input or sampled else None
         y, stats = self._blend(h, x, sampled)

@@ -92,6 +92,7 @@ class SlottedModel(nn.Module):
         self._seeds = [
             (layer.name, seed) for layer in self.slots.values() for seed in range(layer.num_seeds)
         ]
+        self._structure = ""  # which seeds compute, and what
         self._active: dict[str, None] = {}  # slots with seeds that compute, in order of arrival
         self._sampler = Sampler(host, self.slots, telemetry_enabled)
         self.training = host.training
@@ -103,7 +104,15 @@ class SlottedModel(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Runs the host with its seeds; inputs and outputs are the host's."""
+        if torch.compiler.is_exporting() and self._active:
+            raise ValueError(
+                "seeds of the model are at work, which plain torch cannot run: export "
+                "esper.harden(model) instead"
+            )
         if torch.compiler.is_compiling():
+            # A compiled graph is not guarded on hooks, but on what it reads: other seeds at work
+            # are another structure, and that is another graph.
+            assert self._structure == self._structure.strip()
             return self.host(*args, **kwargs)
         return self._sampler.forward(self.host, self.slots, self._active, args, kwargs)
 
@@ -327,6 +336,9 @@ class SlottedModel(nn.Module):
             self._active[slot] = None
         else:
             self._active.pop(slot, None)
+        self._structure = "; ".join(
+            f"{name}: {self.slots[name].structure}" for name in self._active
+        )
 
     def _graft(self, slot: str, seed: int) -> Graft | None:
         self._at(slot, seed)

@@ -323,8 +323,10 @@ class Observation:
     probe: GrowthProbe | None
     pending: PendingScores | None
 
-    def take_gradient(self, channel_axis: int | None, dy: Tensor) -> None:
+    def take_gradient(self, channel_axis: int | None, dy: Tensor | None) -> None:
         """Tensor hook: takes in dL/dy in the host's own layout and leaves it as it is."""
+        if dy is None:  # torch's undefined gradient: the output did not matter
+            return
         self.telemetry.add_gradient(self, features_last(dy, channel_axis))
 
 
