@@ -92,7 +92,7 @@ def test_user_guide_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             self.blocks = nn.ModuleList([Block(), Block()])
 
     page = (ROOT / "docs/user-guide.md").read_text()
-    wrapping, by_hand, checkpoints, configuration = fenced(page, "python")
+    wrapping, by_hand, lightning, checkpoints, configuration = fenced(page, "python")
     names: dict[str, object] = {"esper": esper, "torch": torch, "net": Net()}
     exec(wrapping, names)
     model = names["model"]
@@ -101,11 +101,13 @@ def test_user_guide_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     grown = esper.wrap(tasks.get("digits").host())
     exec(by_hand, {"model": grown})
     assert grown.seed_state("net.0", 0).name == "CULLED"
+    trainer = {"Trainer": lambda *args, **kwargs: kwargs["callbacks"]}
+    digits = tasks.get("digits")
+    exec(lightning, {**trainer, "batches": digits.held_out_batches(), "sample_loss": digits.loss})
     exec(configuration, names)
     assert isinstance(names["config"], esper.EsperConfig)
     monkeypatch.chdir(tmp_path)
     optimizer = torch.optim.SGD(grown.parameters(), lr=0.1)
-    digits = tasks.get("digits")
     training = {
         "esper": esper,
         "model": grown,

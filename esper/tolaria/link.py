@@ -329,7 +329,6 @@ class PlaneLink:
             if not self._may_come_back(error):
                 raise
             self._recorder.disconnect()
-            _log.info("esper: the plane is away (%s); waiting for it", error)
             return False
         return True
 
@@ -341,6 +340,8 @@ class PlaneLink:
         now_s = time.monotonic()
         if self._away_since_s is None:
             self._away_since_s = now_s
+            if self._patience_s > 0:
+                _log.warning("esper: the plane is away (%s); waiting for it to come back", error)
         return now_s - self._away_since_s < self._patience_s
 
     def _serve(self, plane: Plane) -> None:
