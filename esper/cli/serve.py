@@ -41,6 +41,11 @@ SERVICES = ("all", "urza", "tezzeret", "tamiyo", "oona")
 )
 @click.option("--log-json", is_flag=True, help="Write log lines as JSON.")
 @click.option(
+    "--metrics",
+    metavar="HOST:PORT",
+    help="Serve Prometheus metrics over HTTP on /metrics there. Default: none.",
+)
+@click.option(
     "--max-blob-bytes",
     type=click.IntRange(min=0),
     help="Quota of the blobs, uploads under way included. Default: the disk.",
@@ -62,6 +67,7 @@ def command(
     urza: str | None,
     insecure: bool,
     log_json: bool,
+    metrics: str | None,
     **limits: int | None,
 ) -> None:
     """Run the plane (NAME `all`), or some of its services: urza, tezzeret, tamiyo, oona.
@@ -77,6 +83,7 @@ def command(
         urza=urza,
         insecure=insecure,
         log_json=log_json,
+        metrics=metrics,
         limits={name: value for name, value in limits.items() if value is not None},
     )
     sys.stdout.flush()

@@ -18,6 +18,7 @@ def server_command(
     insecure: bool = False,
     scratch: Path | None = None,
     log_json: bool = False,
+    metrics: str | None = None,
     limits: Mapping[str, int] | None = None,
 ) -> list[str]:
     """Returns the command line of a server.
@@ -30,6 +31,7 @@ def server_command(
         insecure: Accept plain text on an address that other machines reach.
         scratch: Stop once stdin ends or the parent process is gone, and remove this folder then.
         log_json: Log lines as JSON.
+        metrics: `HOST:PORT` on which Prometheus finds `/metrics`; None serves none.
         limits: How much each store may take, in bytes: `max_blob_bytes`, `max_row_bytes`,
             `keep_free_bytes`; the server's own defaults for what is not named.
     """
@@ -44,6 +46,8 @@ def server_command(
         command += ["--exit-with-parent", str(scratch)]
     if log_json:
         command.append("--log-json")
+    if metrics is not None:
+        command += ["--metrics", metrics]
     for name, value in (limits or {}).items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     return command

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
-from torch import Tensor
 
 from esper.artifacts import ModelFolderError
 from esper.artifacts import load_into
@@ -280,8 +279,3 @@ def _best(paths: Iterable[Path]) -> list[Path]:
         if loss is not None:
             losses.append((loss, path))
     return [min(losses)[1]] if losses else []
-
-
-def total_bytes(tensors: Iterable[Tensor]) -> int:
-    """Returns the memory that tensors take, in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -164,11 +164,6 @@ def _decode(value: Json, tensors: Mapping[str, Tensor]) -> object:
     raise ValueError(f"{value[_TAG]!r} is no kind of value")
 
 
-def copied(packed: Packed) -> Packed:
-    """Returns a packed record whose tensors are copies in the memory of the host."""
-    return Packed(packed.document, {name: kept(t) for name, t in packed.tensors.items()})
-
-
 def kept(tensor: Tensor) -> Tensor:
     """Returns a copy of a tensor in the memory of the host, pinned where it comes from a GPU."""
     copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)

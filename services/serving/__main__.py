@@ -33,6 +33,7 @@ def parse(arguments: Sequence[str]) -> tuple[ServerConfig, bool]:
         "--exit-with-parent", type=Path, metavar="FOLDER", help="and remove the parent's FOLDER"
     )
     parser.add_argument("--log-json", action="store_true")
+    parser.add_argument("--metrics", help="HOST:PORT of Prometheus' /metrics, default none")
     limits = StoreLimits()
     parser.add_argument("--max-blob-bytes", type=int, default=limits.max_blob_bytes)
     parser.add_argument("--max-row-bytes", type=int, default=limits.max_row_bytes)
@@ -50,6 +51,7 @@ def parse(arguments: Sequence[str]) -> tuple[ServerConfig, bool]:
         urza=urza,
         insecure=options.insecure,
         scratch=options.exit_with_parent,
+        metrics=options.metrics,
         store_limits=StoreLimits(
             max_row_bytes=options.max_row_bytes,
             max_blob_bytes=options.max_blob_bytes,

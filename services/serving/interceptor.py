@@ -14,6 +14,7 @@ from typing import cast
 
 import grpc
 
+from esper.services.serving import metrics
 from esper.services.serving.context import CallContext
 from esper.services.serving.errors import ServiceError
 from esper.services.serving.errors import exhausted
@@ -112,6 +113,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         code = grpc.StatusCode.OK
         reason = ""
         self._running += 1
+        metrics.CALLS_RUNNING.inc()
         try:
             if self._running > self._limits.max_concurrent_rpcs:
                 raise exhausted(
@@ -142,9 +144,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise AssertionError("abort_with_status raises") from error
         finally:
             self._running -= 1
+            metrics.CALLS_RUNNING.dec()
             elapsed_s = time.perf_counter() - started_s
             # The answer goes out first: writing the line takes a tenth of a small call.
-            asyncio.get_running_loop().call_soon(_log_call, method, peer, code, reason, elapsed_s)
+            asyncio.get_running_loop().call_soon(_record, method, peer, code, reason, elapsed_s)
 
     def _too_slow(self) -> ServiceError:
         return ServiceError(
@@ -163,7 +166,10 @@ def _internal(incident: str) -> ServiceError:
     )
 
 
-def _log_call(method: str, peer: str, code: grpc.StatusCode, reason: str, elapsed_s: float) -> None:
+def _record(method: str, peer: str, code: grpc.StatusCode, reason: str, elapsed_s: float) -> None:
+    """Counts a call that has ended, and logs it."""
+    metrics.CALLS.labels(method, code.name).inc()
+    metrics.CALL_SECONDS.labels(method).observe(elapsed_s)
     fields: dict[str, object] = {
         "method": method,
         "code": code.name,

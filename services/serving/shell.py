@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from esper.plane.address import Address
 from esper.plane.v1 import plane_pb2_grpc
 from esper.services.serving import info
+from esper.services.serving import metrics
 from esper.services.serving.context import Service
 from esper.services.serving.context import ServiceContext
 from esper.services.serving.context import StartupError
@@ -51,6 +52,7 @@ class ServerConfig:
         scratch: Folder of the parent process. Where given, the server stops once stdin ends or the
             parent is gone, and removes the folder, which nobody else could do then.
         limits: What the server takes on at a time.
+        metrics: `HOST:PORT` of `/metrics`; None serves none.
         store_limits: How much each store may take.
     """
 
@@ -61,6 +63,7 @@ class ServerConfig:
     insecure: bool = False
     scratch: Path | None = None
     limits: ServerLimits = ServerLimits()
+    metrics: str | None = None
     store_limits: StoreLimits = StoreLimits()
 
 
@@ -141,6 +144,8 @@ async def serve(config: ServerConfig, stopping: asyncio.Event) -> None:
         StartupError: With a reason not to start.
     """
     refuse_open_network(config.address, config.insecure)
+    if config.metrics is not None:
+        LOG.info("metrics on port %d", metrics.expose(config.metrics))
     make_data_dir(config.data_dir)
     server = make_server(config.limits)
     address = bind(server, config.address)

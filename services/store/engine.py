@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import lmdb
 
+from esper.services.serving import metrics
 from esper.services.serving.errors import ServiceError
 from esper.services.serving.errors import exhausted
 from esper.services.serving.errors import unavailable
@@ -103,6 +104,10 @@ class Store:
         self._open = True
         self._failure: ServiceError | None = None
         self._readers_checked_s = time.monotonic()
+        self._name = directory.name
+        self._committed = metrics.WRITES.labels(self._name, "committed")
+        self._refused = metrics.WRITES.labels(self._name, "refused")
+        self._reads = metrics.READ_SECONDS.labels(self._name)
         self._writer = threading.Thread(
             target=self._run, name=f"store-{directory.name}", daemon=True
         )
@@ -123,6 +128,7 @@ class Store:
             with self._environment.begin() as row:
                 yield row
         held_s = time.monotonic() - started_s
+        self._reads.observe(held_s)
         if held_s > LONG_READ_S:
             LOG.warning("a read of %s held its snapshot for %.1f s", self.directory, held_s)
 
@@ -241,10 +247,13 @@ class Store:
             allowed = [job for job in batch if job.frees and self._failure is None]
             for job in batch:
                 if job not in allowed:
+                    self._refused.inc()
                     job.future.set_exception(refusal)
             batch = allowed
         if batch:
             self._write(batch)
+        metrics.QUEUE_LENGTH.labels(self._name).set(self.num_queued)
+        metrics.ROW_FILE_BYTES.labels(self._name).set(self.row_file_bytes)
         if time.monotonic() - self._readers_checked_s > READER_CHECK_S:
             self._clear_readers()
 
@@ -269,17 +278,21 @@ class Store:
                 for job in batch:
                     self._write([job])
             else:
+                self._refused.inc()
                 batch[0].future.set_exception(self._refusal(error))
             return
         for job, (result, problem) in zip(batch, outcomes, strict=True):
             if problem is None:
+                self._committed.inc()
                 job.future.set_result(result)
             else:
+                self._refused.inc()
                 job.future.set_exception(problem)
 
     def _commit(self, batch: list[_Job]) -> list[tuple[object, Exception | None]]:
         outcomes: list[tuple[object, Exception | None]] = []
-        with self._environment.begin(write=True) as group:
+        timing = metrics.COMMIT_SECONDS.labels(self._name).time()
+        with timing, self._environment.begin(write=True) as group:
             for job in batch:
                 try:
                     with self._environment.begin(write=True, parent=group) as row:

@@ -1,0 +1,60 @@
+"""Prometheus metrics of a real server, scraped over HTTP."""
+
+import os
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from esper.common.rpc import RpcError
+from esper.plane import connect
+from esper.services.serving import metrics
+from esper.services.serving.context import StartupError
+
+
+def scrape(port: int) -> dict[tuple[str, tuple[str, ...]], float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+        return {
+            (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+
+def metrics_port(log: Path) -> int:
+    match = re.search(r"metrics on port (\d+)", log.read_text())
+    assert match
+    return int(match.group(1))
+
+
+def test_calls_and_writes_are_counted(start_server) -> None:
+    server = start_server("urza", metrics="127.0.0.1:0")
+    port = metrics_port(server.log)
+    with connect(server.address, timeout_s=30) as plane:
+        before = scrape(port)
+        for _ in range(3):
+            plane.urza.write_blob(os.urandom(10))
+        with pytest.raises(RpcError):
+            plane.urza.get_kernel("kernels/" + 64 * "0")
+        service = "/esper.urza.v1"
+        missing = ("esper_calls_total", ("NOT_FOUND", f"{service}.LibraryService/GetKernel"))
+        deadline_s = time.monotonic() + 10
+        while missing not in (after := scrape(port)):  # counted once the answer is out
+            assert time.monotonic() < deadline_s
+    assert after[missing] == 1
+    assert after["esper_calls_total", ("OK", f"{service}.BlobService/WriteBlob")] == 3
+    assert after["esper_call_seconds_count", (f"{service}.BlobService/WriteBlob",)] == 3
+    committed = ("esper_store_writes_total", ("committed", "urza"))
+    assert after[committed] - before[committed] >= 3
+    assert after["esper_store_commit_seconds_count", ("urza",)] > 0
+    assert after["esper_store_row_file_bytes", ("urza",)] > 0
+
+
+@pytest.mark.parametrize("address", ["9464", ":9464", "127.0.0.1:", "127.0.0.1:x", "h:99999"])
+def test_a_senseless_address_is_refused(address: str) -> None:
+    with pytest.raises(StartupError, match="metrics"):
+        metrics.expose(address)
