@@ -7,9 +7,8 @@ import safetensors.torch
 import torch
 
 from esper import artifacts
-from esper.tolaria import tasks
-from esper.tolaria.runs.config import parse_config
-from esper.tolaria.runs.folder import CONFIG_FILE
+from esper.tolaria.runs.folder import RunFolder
+from esper.tolaria.runs.model import load_model
 
 SUFFIXES = {"safetensors": ".safetensors", "pt2": ".pt2", "onnx": ".onnx"}
 
@@ -28,11 +27,8 @@ def command(folder: Path, form: str, out: Path | None) -> None:
     The grafts become part of a plain torch module first. safetensors holds its weights; pt2 (a
     torch.export program) and onnx hold the whole model, for any number of samples.
     """
-    config_file = folder / CONFIG_FILE
-    config = parse_config(config_file.read_text(encoding="utf-8"), str(config_file))
-    task = tasks.get(config.task, None if config.data is None else Path(config.data))
-    host = task.host(config.seed, config.host.size)
-    model = artifacts.harden(artifacts.load(folder / "model", host)).eval()
+    grown, task = load_model(RunFolder(folder))
+    model = artifacts.harden(grown).eval()
     out = folder / f"model{SUFFIXES[form]}" if out is None else out
     example = (task.validation.inputs[:2],)
     batch = torch.export.Dim("batch")

@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler
 
@@ -147,6 +148,19 @@ class RunConfig:
             raise ValueError(f"epochs is {self.epochs}, but it must be at least 1")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, but it must be at least 0")
+
+    def load_task(self) -> tasks.Task:
+        """Returns the task with its data.
+
+        Raises:
+            ValueError: If `data` does not fit the task.
+            OSError: If a file cannot be read.
+        """
+        return tasks.get(self.task, None if self.data is None else Path(self.data))
+
+    def build_host(self, task: tasks.Task) -> nn.Module:
+        """Returns a new host as training starts from; equal configurations give equal weights."""
+        return task.host(self.seed, self.host.size)
 
 
 def read_config(path: Path) -> RunConfig:

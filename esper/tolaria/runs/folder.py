@@ -111,6 +111,26 @@ class RunFolder:
         """Last part of its path."""
         return self.path.resolve().name
 
+    @property
+    def model_path(self) -> Path:
+        """Where the finished model stands."""
+        return self.path / "model"
+
+    def exists(self) -> bool:
+        """Returns whether a run has begun here."""
+        return (self.path / RUN_FILE).exists()
+
+    def config_text(self) -> str:
+        """Returns config.yaml.
+
+        Raises:
+            RunFolderError: If there is none.
+        """
+        try:
+            return (self.path / CONFIG_FILE).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise RunFolderError(f"{self.path} is no run: it has no {CONFIG_FILE}") from None
+
     def write_info(self, info: RunInfo) -> None:
         """Writes run.json."""
         self._write(RUN_FILE, json.dumps(asdict(info), indent=2) + "\n")

@@ -1,21 +1,17 @@
 """The report of a run: one HTML page that needs nothing else."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from jinja2 import Environment
 from jinja2 import PackageLoader
 from jinja2 import StrictUndefined
 from markupsafe import Markup
 
-from esper import artifacts
 from esper.artifacts import ModelFolderError
-from esper.tolaria import tasks
 from esper.tolaria.report import format_count
 from esper.tolaria.runs import drawings
-from esper.tolaria.runs.config import parse_config
-from esper.tolaria.runs.folder import CONFIG_FILE
 from esper.tolaria.runs.folder import RunFolder
+from esper.tolaria.runs.model import load_model
 
 _COUNTS = ("parameters", "flops")
 
@@ -47,19 +43,16 @@ def report(folder: RunFolder) -> str:
         size=Markup(drawings.size(history)),
         structure=Markup(drawings.structure(parts)) if parts else None,
         events=history.events,
-        config=(folder.path / CONFIG_FILE).read_text(encoding="utf-8"),
+        config=folder.config_text(),
     )
 
 
 def _parts(folder: RunFolder) -> Sequence[tuple[str, int, Sequence[tuple[str, int]]]]:
     """Returns the modules of the finished model with their grafts; empty without one."""
-    path: Path = folder.path / "model"
-    if not path.exists():
+    if not folder.model_path.exists():
         return []
-    config = parse_config((folder.path / CONFIG_FILE).read_text(encoding="utf-8"), CONFIG_FILE)
-    task = tasks.get(config.task, None if config.data is None else Path(config.data))
     try:
-        model = artifacts.load(path, task.host(config.seed, config.host.size))
+        model, _ = load_model(folder)
     except ModelFolderError:
         return []
     grafts: dict[str, list[tuple[str, int]]] = {}

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch.optim import Optimizer
@@ -17,7 +16,6 @@ from esper.config import EsperConfig
 from esper.kasmina import MorphableModel
 from esper.kasmina import wrap
 from esper.plane import EmbeddedPlane
-from esper.tolaria import tasks
 from esper.tolaria.checkpoint import Checkpoints
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.report import versions
@@ -64,11 +62,11 @@ def train(
             configuration does not fit the task.
         OSError: If the folder cannot be written.
     """
-    if not resume and (folder.path / "run.json").exists():
+    if not resume and folder.exists():
         raise ValueError(f"{folder.path} holds a run already: resume it, or choose another folder")
-    task = tasks.get(config.task, None if config.data is None else Path(config.data))
+    task = config.load_task()
     model = wrap(
-        task.host(config.seed, config.host.size),
+        config.build_host(task),
         target_layers=_target_layers(config),
         seeds_per_layer=config.host.seeds_per_layer,
         example_inputs=task.train.inputs[:2],
@@ -118,7 +116,7 @@ def train(
             folder.write_info(info)
             raise
     folder.write_history(history)
-    save(model, folder.path / "model", task=config.task, history=history.events)
+    save(model, folder.model_path, task=config.task, history=history.events)
     info.results = {
         "test_accuracy": task.accuracy(model, task.test),
         "test_loss": task.mean_loss(model, task.test),
