@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import lmdb
+import onnxruntime
 import pytest
 import safetensors.torch
 import torch
@@ -113,7 +114,7 @@ def test_a_changed_history_is_found(run: Path) -> None:
     assert "was changed" in done.stderr
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pt2"])
+@pytest.mark.parametrize("form", ["safetensors", "pt2", "onnx"])
 def test_an_export_computes_what_the_model_does(run: Path, tmp_path: Path, form: str) -> None:
     out = tmp_path / f"model.{form}"
     done = esper("export", run, "--format", form, "--out", out)
@@ -121,7 +122,14 @@ def test_an_export_computes_what_the_model_does(run: Path, tmp_path: Path, form:
     task = tasks.get("digits")
     model = artifacts.load(run / "model", task.host()).eval()
     images = task.validation.inputs[:7]
-    if form == "pt2":
+    if form == "onnx":
+        program = onnxruntime.InferenceSession(out)
+        name = program.get_inputs()[0].name
+
+        def exported(images: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(program.run(None, {name: images.numpy()})[0])
+
+    elif form == "pt2":
         exported = torch.export.load(out).module()
     else:
         exported = artifacts.harden(model)
