@@ -136,13 +136,13 @@ class Kinds:
     def call(self, kind: str, name: str) -> None:
         request = event_pb2.Topic(name=name)
         if kind == "unary_unary":
-            self.unary_unary(request, timeout=10)
+            self.unary_unary(request, timeout=60)
         elif kind == "stream_unary":
-            self.stream_unary(iter([request]), timeout=10)
+            self.stream_unary(iter([request]), timeout=60)
         elif kind == "unary_stream":
-            list(self.unary_stream(request, timeout=10))
+            list(self.unary_stream(request, timeout=60))
         else:
-            list(self.stream_stream(iter([request]), timeout=10))
+            list(self.stream_stream(iter([request]), timeout=60))
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_a_unary_call_without_a_deadline_gets_one(kinds: Kinds) -> None:
 
 
 def test_the_callers_own_deadline_counts(kinds: Kinds) -> None:
-    answer = kinds.unary_unary(event_pb2.Topic(name="slow"), timeout=10)
+    answer = kinds.unary_unary(event_pb2.Topic(name="slow"), timeout=60)
     assert answer.name == "slow"
 
 
@@ -234,7 +234,7 @@ def test_more_calls_than_allowed_are_turned_away(kinds: Kinds) -> None:
         yield event_pb2.Topic(name="hold")
         release.wait(10)
 
-    calls = [kinds.stream_stream(held(), timeout=10) for _ in range(LIMITS.max_concurrent_rpcs)]
+    calls = [kinds.stream_stream(held(), timeout=60) for _ in range(LIMITS.max_concurrent_rpcs)]
     for call in calls:
         next(call)
     with pytest.raises(grpc.RpcError) as caught:
@@ -250,15 +250,19 @@ def test_more_calls_than_allowed_are_turned_away(kinds: Kinds) -> None:
 
 
 def test_one_line_a_call_says_how_it_went(kinds: Kinds, caplog: pytest.LogCaptureFixture) -> None:
+    def lines() -> list[dict[str, object]]:
+        """The lines of this call: those of an earlier test's calls may still be on their way."""
+        fields = [getattr(record, FIELDS) for record in caplog.records]
+        return [line for line in fields if line["code"] == "ABORTED"]
+
     with caplog.at_level(logging.INFO, "esper.call"):
         with pytest.raises(grpc.RpcError):
             kinds.call("stream_stream", "aborted")
-        deadline_s = time.monotonic() + 10
-        while not caplog.records and time.monotonic() < deadline_s:
+        deadline_s = time.monotonic() + 60
+        while not lines() and time.monotonic() < deadline_s:
             time.sleep(0.01)  # the client has its answer before the server writes the line
-    fields = [getattr(record, FIELDS) for record in caplog.records]
+    fields = lines()
     assert len(fields) == 1
     assert fields[0]["method"] == f"/{SERVICE}/StreamStream"
-    assert fields[0]["code"] == "ABORTED"
     assert fields[0]["reason"] == "ETAG_MISMATCH"
     assert fields[0]["duration_ms"] >= 0
