@@ -1,7 +1,8 @@
 """Esper lets a PyTorch model grow while it trains.
 
-The names of the public interface are loaded on first use, so that ``import esper`` costs little
-more than ``import torch``; it starts no thread, process or channel.
+The names of the public interface, the native core and torch are loaded on first use: ``import
+esper`` only looks whether the core fits the torch that is installed. It starts no thread, process
+or channel.
 """
 
 from importlib import import_module
@@ -41,10 +42,13 @@ __all__ = [
     "wrap",
 ]
 
-_build.load()
+_build.check()
 
 
 def __getattr__(name: str) -> object:
+    if name == "_C":  # `from esper import _C` comes here first
+        _build.load()
+        return import_module("esper._C")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

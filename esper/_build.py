@@ -1,12 +1,15 @@
-"""Loads the native core and says what it was built from."""
+"""Finds and loads the native core, and says what it was built from.
+
+It is looked at when `esper` is imported, and loaded when it is used: a command line, or a server
+that stores things, needs no torch.
+"""
 
 import mmap
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 _MARKER = b"esper-built-against-torch="
 _REMEDY = "run `make setup`, or `pip install -e . --no-build-isolation` in this environment"
@@ -50,7 +53,7 @@ def check_library(library: Path | None, running: str) -> None:
 
     Args:
         library: The file of `esper._C`, or None where there is none.
-        running: `torch.__version__`; what follows a `+` does not matter, as it names no ABI.
+        running: Version of torch; what follows a `+` does not matter, as it names no ABI.
 
     Raises:
         ImportError: With one sentence that says what to run.
@@ -65,15 +68,24 @@ def check_library(library: Path | None, running: str) -> None:
         )
 
 
+def check() -> None:
+    """Raises ImportError where the core is missing or was built against another torch.
+
+    Loads neither the core nor torch.
+    """
+    spec = find_spec("esper._C")
+    library = None if spec is None or spec.origin is None else Path(spec.origin)
+    check_library(library, version("torch"))
+
+
 def load() -> None:
     """Loads `esper._C`, which registers the operators.
 
     Raises:
-        ImportError: Where it is missing, was built against another torch, or does not load.
+        ImportError: Where it does not load.
     """
-    spec = find_spec("esper._C")
-    library = None if spec is None or spec.origin is None else Path(spec.origin)
-    check_library(library, torch.__version__)
+    import torch  # noqa: F401  # its libraries must be there first
+
     try:
         import_module("esper._C")
     except ImportError as error:
@@ -81,7 +93,12 @@ def load() -> None:
 
 
 def build_info() -> BuildInfo:
-    """Returns what the loaded native core was built from."""
+    """Returns what the native core was built from; loads it.
+
+    Raises:
+        ImportError: Where it does not load.
+    """
+    load()
     core = import_module("esper._C")
     return BuildInfo(
         torch_version=core.TORCH_VERSION,

@@ -13,7 +13,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     outcome = run_chaos(options.cycles, options.seed, lambda line: print(line, flush=True))
-    print(f"{outcome.num_cycles} kills; acknowledged and brought: {outcome.counts}")
+    print(f"{outcome.num_cycles} cycles, {outcome.num_kills} kills")
+    print(f"acknowledged and brought: {outcome.counts}")
     print(f"files without a row that crashes left, over all checks: {outcome.num_orphans}")
     for fault in outcome.faults:
         print(f"BROKEN: {fault}")

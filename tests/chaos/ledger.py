@@ -1,6 +1,7 @@
 """What was asked of the server, what it acknowledged, and what its streams brought."""
 
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from dataclasses import field
 
@@ -12,7 +13,8 @@ class Ledger:
     """Grows over all cycles. Workers note what is acknowledged the moment that it is.
 
     Attributes:
-        blobs: Seed and size of every blob that was acknowledged, by digest.
+        uploading: Seed and size of every blob that was asked to be stored, by digest.
+        blobs: The same for those that were acknowledged.
         weights: Digest of the weights of every acknowledged kernel, by name.
         states: Last acknowledged state of every kernel, by name.
         reports: Name of every acknowledged report, by the text that it was asked to have.
@@ -24,9 +26,14 @@ class Ledger:
         run_watched: What the watcher of the run got, in order.
         grouped: How often the group's member was given each offset.
         done: Offsets that the group acknowledged as done.
+        short: Offset of every acknowledged event of the short topic, by its number.
+        short_seen: What its subscriber got: the number of each event, by offset.
+        num_compacted: How often that subscriber was told that its place is gone.
+        answers: How often each worker has gone round.
         faults: Broken promises.
     """
 
+    uploading: dict[str, tuple[int, int]] = field(default_factory=dict)
     blobs: dict[str, tuple[int, int]] = field(default_factory=dict)
     weights: dict[str, digest_pb2.Digest] = field(default_factory=dict)
     states: dict[str, int] = field(default_factory=dict)
@@ -39,6 +46,10 @@ class Ledger:
     run_watched: list[int] = field(default_factory=list)
     grouped: dict[int, int] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
+    short: dict[int, int] = field(default_factory=dict)
+    short_seen: dict[int, int] = field(default_factory=dict)
+    num_compacted: int = 0
+    answers: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
     faults: list[str] = field(default_factory=list)
 
@@ -64,4 +75,6 @@ class Ledger:
             "run events watched": len(self.run_watched),
             "events subscribed": len(self.seen),
             "group deliveries": sum(self.grouped.values()),
+            "events of the short topic": len(self.short),
+            "times compacted": self.num_compacted,
         }

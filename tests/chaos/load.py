@@ -1,9 +1,11 @@
-"""The load: writers that retry until they are answered, readers, watchers and a collector.
+"""The load: writers that retry until they are answered, readers and a collector.
 
 Every worker goes on across the death of the server, as a client of good manners does: it asks the
-same again, under the same request id, until it has an answer.
+same again, under the same request id, until it has an answer. What nothing ever removes is
+rationed, a little for each cycle, so that the store stays small enough to be checked in every one.
 """
 
+import hashlib
 import random
 import threading
 import time
@@ -21,7 +23,6 @@ from esper.common.rpc import readable_errors
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import digest_pb2
 from esper.common.v1 import kernel_pb2
-from esper.oona.client import OonaClient
 from esper.oona.v1 import event_pb2
 from esper.oona.v1 import event_pb2_grpc
 from esper.plane.channel import make_channel
@@ -33,11 +34,28 @@ from esper.urza.v1 import library_pb2_grpc
 T = TypeVar("T")
 
 TOPIC = "chaos"
+SHORT_TOPIC = "chaos.short"
 GROUP = "workers"
 RUN = "runs/chaos"
 CALL_TIMEOUT_S = 10.0
+HANG_S = 120.0
 WIDTHS = 1 << 20
-_AWAY = (
+REPORTED_KERNELS = 100
+MAX_BEHIND = 1000
+"""Events that the slowest follower may be behind; the topic keeps more than that."""
+RETENTION_BYTES = 256 << 10
+SHORT_RETENTION_BYTES = 4 << 10
+RATIONS = {
+    "_write_blobs": 80,
+    "_write_large_blobs": 20,
+    "_plant": 20,
+    "_report": 40,
+    "_append_to_a_run": 40,
+    "_publish": 100,
+    "_publish_short": 40,
+}
+"""How often each worker may go round in a cycle; the others are not held back."""
+AWAY = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
@@ -67,33 +85,46 @@ class Load:
         self._ledger = ledger
         self._seed = seed
         self._stopping = threading.Event()
+        self._rations = {name: threading.Semaphore(0) for name in RATIONS}
         self._channels: list[grpc.Channel] = []
+        self._workers = (
+            self._write_blobs,
+            self._write_large_blobs,
+            self._plant,
+            self._report,
+            self._append_to_a_run,
+            self._publish,
+            self._publish_short,
+            self._collect,
+            self._read,
+        )
         self._threads = [
             threading.Thread(target=self._work, args=(worker, number), daemon=True)
-            for number, worker in enumerate(
-                (
-                    self._write_blobs,
-                    self._write_large_blobs,
-                    self._plant,
-                    self._report,
-                    self._append_to_a_run,
-                    self._publish,
-                    self._collect,
-                    self._read,
-                )
-            )
+            for number, worker in enumerate(self._workers)
         ]
 
+    @property
+    def workers(self) -> list[str]:
+        """Names of the workers, as in `Ledger.answers`."""
+        return [worker.__name__ for worker in self._workers]
+
     def start(self) -> None:
-        """Starts the workers."""
+        """Starts the workers; each waits for its first ration."""
         for thread in self._threads:
             thread.start()
+
+    def refill(self) -> None:
+        """Gives every worker the ration of a cycle; what is left of the last one is lost."""
+        for name, ration in self._rations.items():
+            while ration.acquire(blocking=False):
+                pass
+            ration.release(RATIONS[name])
 
     def stop(self) -> None:
         """Ends them, each after the answer that it waits for; a server must run."""
         self._stopping.set()
         for thread in self._threads:
-            thread.join(60)
+            thread.join(HANG_S)
             self._ledger.require(not thread.is_alive(), "a worker hangs")
         for channel in self._channels:
             channel.close()
@@ -114,18 +145,26 @@ class Load:
             try:
                 return call()
             except RpcError as error:
-                if error.code not in _AWAY:
+                if error.code not in AWAY:
                     raise
                 time.sleep(0.05)
 
-    def _pause(self, seconds: float) -> None:
+    def _pause(self, worker: str, seconds: float) -> None:
+        """Ends a round of a worker: waits a little, and for its ration where it has one."""
+        self._ledger.answers[worker] += 1
         if self._stopping.wait(seconds):
             raise Stopped
+        ration = self._rations.get(worker)
+        while ration is not None and not ration.acquire(timeout=0.1):
+            if self._stopping.is_set():
+                raise Stopped
 
     # ------------------------------------------------------------ writers
 
     def _put(self, urza: UrzaClient, seed: int, size: int) -> digest_pb2.Digest:
         data = content(seed, size)
+        with self._ledger.lock:
+            self._ledger.uploading[hashlib.sha256(data).hexdigest()] = (seed, size)
         digest = self._until_answered(lambda: urza.write_blob(data))
         with self._ledger.lock:
             self._ledger.blobs[digest.hash] = (seed, size)
@@ -134,14 +173,14 @@ class Load:
     def _write_blobs(self, channel: grpc.Channel, draw: random.Random) -> None:
         urza = UrzaClient(channel)
         while True:
+            self._pause("_write_blobs", 0.01)
             self._put(urza, draw.getrandbits(40), draw.randrange(1, 2000))
-            self._pause(0.01)
 
     def _write_large_blobs(self, channel: grpc.Channel, draw: random.Random) -> None:
         urza = UrzaClient(channel)
         while True:
+            self._pause("_write_large_blobs", 0.02)
             self._put(urza, draw.getrandbits(40), draw.randrange(70_000, 3_000_000))
-            self._pause(0.02)
 
     def _plant(self, channel: grpc.Channel, draw: random.Random) -> None:
         """Stores kernels with weights, which may be collected before the kernel comes."""
@@ -150,6 +189,7 @@ class Load:
         blueprint = blueprints.get("bottleneck")
         self._until_answered(lambda: urza.create_blueprint(blueprint))
         while True:
+            self._pause("_plant", 0.02)
             width = draw.randrange(1, WIDTHS)
             signature = kernel_pb2.KernelSignature(
                 slot_kind=kernel_pb2.SLOT_KIND_LINEAR,
@@ -181,7 +221,6 @@ class Load:
                 self._ledger.states[record.name] = record.state
             if draw.random() < 0.5:
                 self._move(stub, record, f"move-{draw.getrandbits(60)}")
-            self._pause(0.02)
 
     def _move(
         self,
@@ -208,9 +247,9 @@ class Load:
     def _report(self, channel: grpc.Channel, draw: random.Random) -> None:
         stub = library_pb2_grpc.LibraryServiceStub(channel)
         while True:
-            self._pause(0.02)
+            self._pause("_report", 0.02)
             with self._ledger.lock:
-                kernels = list(self._ledger.weights)
+                kernels = list(self._ledger.weights)[:REPORTED_KERNELS]
             if not kernels:
                 continue
             text = f"{draw.getrandbits(60)}"
@@ -235,54 +274,66 @@ class Load:
         name = RUN
         length = 0
         while True:
+            self._pause("_append_to_a_run", 0.01)
             count = draw.randrange(1, 6)
             bodies = [Int64Value(value=length + n) for n in range(count)]
             try:
                 length = runs.append_run_events(name, bodies, length, CALL_TIMEOUT_S).num_events
             except RpcError as error:
-                if error.code not in (*_AWAY, grpc.StatusCode.ABORTED):
+                if error.code not in (*AWAY, grpc.StatusCode.ABORTED):
                     raise
                 length = self._until_answered(lambda: runs.get_run(name).num_events)
             with self._ledger.lock:
                 self._ledger.run_events = length
-            self._pause(0.01)
 
     def _publish(self, channel: grpc.Channel, draw: random.Random) -> None:
-        stub = event_pb2_grpc.EventServiceStub(channel)
+        ledger = self._ledger
         while True:
-            numbers = [draw.getrandbits(60) for _ in range(draw.randrange(1, 8))]
-            with self._ledger.lock:
-                self._ledger.published.update(numbers)
-            requests = [
-                event_pb2.PublishRequest(
-                    topic=TOPIC, body=packed(Int64Value(value=n)), request_id=f"event-{n}"
-                )
-                for n in numbers
-            ]
+            self._pause("_publish", 0.01)
+            if len(ledger.events) - min(len(ledger.seen), len(ledger.done)) < MAX_BEHIND:
+                self._publish_some(channel, TOPIC, draw, ledger.events)
 
-            def ask(requests: list[event_pb2.PublishRequest] = requests) -> list[int]:
-                with readable_errors():
-                    answers = stub.Publish(iter(requests), timeout=CALL_TIMEOUT_S)
-                    return [answer.offset for answer in answers]
+    def _publish_short(self, channel: grpc.Channel, draw: random.Random) -> None:
+        while True:
+            self._pause("_publish_short", 0.01)
+            self._publish_some(channel, SHORT_TOPIC, draw, self._ledger.short)
 
-            offsets = self._until_answered(ask)
-            with self._ledger.lock:
-                self._ledger.events.update(zip(numbers, offsets, strict=True))
-            self._pause(0.01)
+    def _publish_some(
+        self, channel: grpc.Channel, topic: str, draw: random.Random, offsets: dict[int, int]
+    ) -> None:
+        numbers = [draw.getrandbits(60) for _ in range(draw.randrange(1, 8))]
+        with self._ledger.lock:
+            self._ledger.published.update(numbers)
+        requests = [
+            event_pb2.PublishRequest(
+                topic=topic, body=packed(Int64Value(value=n)), request_id=f"event-{n}"
+            )
+            for n in numbers
+        ]
+        stub = event_pb2_grpc.EventServiceStub(channel)
+
+        def ask() -> list[int]:
+            with readable_errors():
+                answers = stub.Publish(iter(requests), timeout=CALL_TIMEOUT_S)
+                return [answer.offset for answer in answers]
+
+        found = self._until_answered(ask)
+        with self._ledger.lock:
+            offsets.update(zip(numbers, found, strict=True))
 
     # ------------------------------------------------------------ others
 
     def _collect(self, channel: grpc.Channel, draw: random.Random) -> None:
         admin = StoreAdmin(channel)
         while True:
+            self._pause("_collect", draw.uniform(0.05, 0.3))
             self._until_answered(lambda: admin.collect_garbage(0))
-            self._pause(draw.uniform(0.05, 0.3))
 
     def _read(self, channel: grpc.Channel, draw: random.Random) -> None:
         """Reads what kernels refer to: it must be there, and right, at every moment."""
         urza = UrzaClient(channel)
         while True:
-            self._pause(0.01)
+            self._pause("_read", 0.01)
             with self._ledger.lock:
                 kernels = list(self._ledger.weights)[-200:]
             if kernels:
@@ -290,87 +341,3 @@ class Load:
                 record = self._until_answered(lambda name=name: urza.get_kernel(name))
                 # The client compares the bytes with the digest.
                 self._until_answered(lambda r=record: urza.read_blob(r.kernel.weights))
-
-
-class Followers:
-    """Streams that are followed across all cycles, each resumed where it was.
-
-    Args:
-        address: Where the server listens, whenever it does.
-        ledger: Takes down what they bring.
-    """
-
-    def __init__(self, address: str, ledger: Ledger) -> None:
-        self._channel = make_channel(address)
-        self._ledger = ledger
-        self._stopping = threading.Event()
-        self._threads: list[threading.Thread] = []
-        for follow in (self._watch, self._watch_run, self._subscribe, self._take_part):
-            self._spawn(follow)
-
-    def stop(self) -> None:
-        """Ends all streams."""
-        self._stopping.set()
-        self._channel.close()
-        for thread in self._threads:
-            thread.join(20)
-
-    def _spawn(self, follow: Callable[[], None]) -> None:
-        def keep_following() -> None:
-            while not self._stopping.is_set():
-                try:
-                    follow()
-                except RpcError as error:
-                    if error.code not in _AWAY and not self._stopping.is_set():
-                        self._ledger.fault(f"a stream ended with {error}")
-                        return
-                    self._stopping.wait(0.05)
-                except ValueError:  # the channel was closed
-                    return
-
-        thread = threading.Thread(target=keep_following, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _watch(self) -> None:
-        watched = self._ledger.watched
-        start = watched[-1] + 1 if watched else 1
-        with UrzaClient(self._channel).watch(start, progress_interval_s=0.5) as changes:
-            for change in changes:
-                if change.WhichOneof("change") is not None:
-                    self._expect("the library", watched, change.revision, 1)
-
-    def _subscribe(self) -> None:
-        seen = self._ledger.seen
-        with OonaClient(self._channel).subscribe(TOPIC, len(seen)) as events:
-            for event in events:
-                value = Int64Value()
-                event.body.Unpack(value)
-                self._ledger.require(
-                    event.offset == len(seen), f"offset {event.offset} came at {len(seen)}"
-                )
-                seen.append(value.value)
-
-    def _take_part(self) -> None:
-        oona = OonaClient(self._channel)
-        ledger = self._ledger
-        # Within a stream a slow reader may get an event again that it is about to acknowledge.
-        done_before = frozenset(ledger.done)
-        with oona.subscribe_group(TOPIC, GROUP, 0, 10.0, max_in_flight=16) as events:
-            for delivery in events:
-                offset = delivery.event.offset
-                ledger.require(offset not in done_before, f"{offset} was done and came again")
-                ledger.grouped[offset] = ledger.grouped.get(offset, 0) + 1
-                oona.acknowledge(TOPIC, GROUP, [offset])
-                ledger.done.add(offset)
-
-    def _watch_run(self) -> None:
-        seen = self._ledger.run_watched
-        with UrzaClient(self._channel).runs.watch_run(RUN, len(seen)) as events:
-            for event in events:
-                self._expect(RUN, seen, event.sequence, 0)
-
-    def _expect(self, what: str, seen: list[int], number: int, first: int) -> None:
-        wanted = seen[-1] + 1 if seen else first
-        self._ledger.require(number == wanted, f"{what} brought {number}, not {wanted}")
-        seen.append(number)
