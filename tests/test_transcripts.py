@@ -12,6 +12,7 @@ from esper.oona.v1 import event_pb2
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import library_pb2
 from esper.urza.v1 import run_pb2
+from esper.urza.v1 import store_pb2
 
 PAGE = Path(__file__).parents[1] / "docs" / "grpc.md"
 ANY = "*"
@@ -90,7 +91,7 @@ def test_every_call_gives_the_answer_shown(start_server) -> None:
 def test_every_method_of_urza_and_oona_is_shown() -> None:
     declared = {
         f"{service.full_name}/{method.name}"
-        for file in (blob_pb2, library_pb2, run_pb2, event_pb2)
+        for file in (blob_pb2, library_pb2, run_pb2, store_pb2, event_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }

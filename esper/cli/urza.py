@@ -14,6 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from esper.common.rpc import RpcError
+from esper.common.v1 import check_pb2
+from esper.oona.admin import LogAdmin
+from esper.oona.v1 import event_pb2
+from esper.plane import Plane
 from esper.plane import PlaneError
 from esper.plane import connect
 from esper.plane.address import default_address
@@ -21,6 +25,7 @@ from esper.plane.offline import run_offline
 from esper.urza.admin import StoreAdmin
 from esper.urza.v1 import store_pb2
 
+Step = TypeVar("Step", store_pb2.CheckStoreResponse, event_pb2.CheckLogResponse)
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -119,53 +124,100 @@ def stats(address: str | None, data: Path | None, as_json: bool) -> None:
 def check(
     ctx: click.Context, address: str | None, data: Path | None, as_json: bool, quarantine: bool
 ) -> None:
-    """Read everything that is stored and print what is wrong with it.
+    """Read everything that is stored, by Urza and by Oona, and print what is wrong with it.
 
-    Recomputes the digest of every blob, blueprint and kernel and the hash chain of every run,
-    follows every reference, compares indexes with rows, and proves the structure of the file. Exit
-    status 1 where something is wrong; a file without a row, as a crash can leave it, is not.
+    Recomputes the digest of every blob, blueprint and kernel, the hash chain of every run and the
+    checksum of every report and event, follows every reference, counts offsets, compares indexes
+    with rows, and proves the structure of the files. Exit status 1 where something is wrong; a file
+    without a row, as a crash can leave it, is not.
     """
     _only_one(address, data)
-    if data is None:
-        with _admin(address) as admin:
-            _report(ctx, admin.check(quarantine=quarantine), as_json)
-    else:
-        arguments = ["--quarantine"] if quarantine else []
-        with _readable():
-            lines = run_offline("check", data, *arguments)
-            _report(
-                ctx, (ParseDict(line, store_pb2.CheckStoreResponse()) for line in lines), as_json
-            )
+    with _readable():
+        if data is None:
+            sound = _check_served(address or default_address(), as_json, quarantine)
+        else:
+            sound = _check_directory(data, as_json, quarantine)
+    if not sound:
+        ctx.exit(1)
 
 
-def _steps(lines: Iterator[dict[str, object]]) -> Iterator[store_pb2.CheckStoreResponse]:
-    return (ParseDict(line, store_pb2.CheckStoreResponse()) for line in lines)
+def _check_served(address: str, as_json: bool, quarantine: bool) -> bool:
+    with connect(address) as plane:
+        served = {name: _serves(plane, name) for name in ("urza", "oona")}
+        if not any(served.values()):
+            raise PlaneError(f"the plane on {address} serves neither urza nor oona")
+        sound = True
+        if served["urza"]:
+            store = StoreAdmin(plane.channel("urza")).check(quarantine=quarantine)
+            sound &= _report(store, as_json)
+        if served["oona"]:
+            log = LogAdmin(plane.channel("oona")).check(quarantine=quarantine)
+            sound &= _report(log, as_json)
+        return sound
 
 
-def _report(
-    ctx: click.Context, steps: Iterator[store_pb2.CheckStoreResponse], as_json: bool
-) -> None:
-    """Prints findings as they come; ends the command with status 1 where there was a problem."""
-    summary = store_pb2.CheckSummary()
+def _serves(plane: Plane, service: str) -> bool:
+    try:
+        plane.channel(service)
+    except PlaneError:
+        return False
+    return True
+
+
+def _check_directory(data: Path, as_json: bool, quarantine: bool) -> bool:
+    arguments = ["--quarantine"] if quarantine else []
+    sound = True
+    # A directory that holds neither is refused by the first.
+    if (data / "urza").exists() or not (data / "oona").exists():
+        lines = run_offline("check", data, *arguments)
+        sound &= _report(_steps(lines, store_pb2.CheckStoreResponse), as_json)
+    if (data / "oona").exists():
+        lines = run_offline("check", data, *arguments, service="oona")
+        sound &= _report(_steps(lines, event_pb2.CheckLogResponse), as_json)
+    return sound
+
+
+def _steps(lines: Iterator[dict[str, object]], kind: type[Step]) -> Iterator[Step]:
+    return (ParseDict(line, kind()) for line in lines)
+
+
+def _report(steps: Iterator[Step], as_json: bool) -> bool:
+    """Prints findings as they come, then the summary; returns whether there was no problem."""
+    sound = None
     for step in steps:
         if as_json:
             click.echo(json.dumps(MessageToDict(step, always_print_fields_with_no_presence=True)))
-        if step.HasField("summary"):
-            summary = step.summary
-        elif not as_json:
+        elif step.HasField("finding"):
             finding = step.finding
-            kind = store_pb2.FindingKind.Name(finding.kind).removeprefix("FINDING_KIND_").lower()
+            kind = check_pb2.FindingKind.Name(finding.kind).removeprefix("FINDING_KIND_").lower()
             aside = " (moved to quarantine)" if finding.quarantined else ""
             click.echo(f"{kind}: {finding.name}: {finding.detail}{aside}")
-    if not as_json:
-        structure = "" if summary.structure_checked else ", structure not checked for lack of room"
-        click.echo(
-            f"{summary.num_rows} rows, {summary.num_blobs} blobs "
-            f"({format_bytes(summary.blob_bytes)}): {summary.num_problems} problems, "
-            f"{summary.num_orphans} orphans{structure}"
+        if step.HasField("summary"):
+            if not as_json:
+                click.echo(_summed_up(step))
+            sound = step.summary.num_problems == 0
+    if sound is None:
+        raise PlaneError("the check ended before its summary")
+    return sound
+
+
+def _summed_up(step: store_pb2.CheckStoreResponse | event_pb2.CheckLogResponse) -> str:
+    if isinstance(step, event_pb2.CheckLogResponse):
+        log = step.summary
+        extent = (
+            f"log: {log.num_topics} topics, {log.num_events} events "
+            f"({format_bytes(log.event_bytes)}), {log.num_groups} groups: "
+            f"{log.num_problems} problems"
         )
-    if summary.num_problems:
-        ctx.exit(1)
+    else:
+        store = step.summary
+        extent = (
+            f"store: {store.num_rows} rows, {store.num_blobs} blobs "
+            f"({format_bytes(store.blob_bytes)}): {store.num_problems} problems, "
+            f"{store.num_orphans} orphans"
+        )
+    whole = step.summary.structure_checked
+    return extent if whole else f"{extent}, structure not checked for lack of room"
 
 
 @command.command()
@@ -242,14 +294,14 @@ _DATA = click.option(
 @command.command()
 @click.argument("folder", type=click.Path(file_okay=False, exists=True, path_type=Path))
 @_DATA
-@click.pass_context
-def restore(ctx: click.Context, folder: Path, data: Path) -> None:
+def restore(folder: Path, data: Path) -> None:
     """Make a store of the backup in FOLDER, after checking it; DIR must hold none.
 
     The store appears whole or not at all.
     """
     with _readable():
-        _report(ctx, _steps(run_offline("restore", data, str(folder.absolute()))), False)
+        lines = run_offline("restore", data, str(folder.absolute()))
+        _report(_steps(lines, store_pb2.CheckStoreResponse), as_json=False)
     click.echo(f"restored {data}")
 
 

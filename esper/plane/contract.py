@@ -4,6 +4,7 @@ import hashlib
 from functools import cache
 
 from esper.common.v1 import blueprint_pb2
+from esper.common.v1 import check_pb2
 from esper.common.v1 import digest_pb2
 from esper.common.v1 import kernel_pb2
 from esper.common.v1 import lifecycle_pb2
@@ -19,6 +20,7 @@ from esper.urza.v1 import store_pb2
 
 FILES = (
     blueprint_pb2.DESCRIPTOR,
+    check_pb2.DESCRIPTOR,
     digest_pb2.DESCRIPTOR,
     kernel_pb2.DESCRIPTOR,
     lifecycle_pb2.DESCRIPTOR,

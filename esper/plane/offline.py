@@ -9,22 +9,31 @@ from pathlib import Path
 from esper.plane.errors import PlaneError
 from esper.plane.launch import server_environment
 
-MODULE = "esper.services.urza.offline"
 
-
-def run_offline(operation: str, data_dir: Path, *arguments: str) -> Iterator[dict[str, object]]:
-    """Yields what an operation on the store of Urza in `data_dir` says, line by line.
+def run_offline(
+    operation: str, data_dir: Path, *arguments: str, service: str = "urza"
+) -> Iterator[dict[str, object]]:
+    """Yields what an operation on the store of a service in `data_dir` says, line by line.
 
     Args:
-        operation: `stats`, `check`, `gc`, `backup`, `restore` or `compact`.
+        operation: `stats`, `check`, `gc`, `backup`, `restore` or `compact`; of Oona `check` alone.
         data_dir: Data directory of the server.
         arguments: Further arguments of the operation.
+        service: `urza` or `oona`.
 
     Raises:
         PlaneError: Where it fails; with what it said.
     """
     # -P: a file of the user's working directory must not stand in for a module.
-    command = [sys.executable, "-P", "-m", MODULE, operation, str(data_dir), *arguments]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        f"esper.services.{service}.offline",
+        operation,
+        str(data_dir),
+        *arguments,
+    ]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

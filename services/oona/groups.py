@@ -10,6 +10,7 @@ delivered when the group has its first subscriber, so it may come late once, and
 """
 
 import asyncio
+import logging
 import struct
 import time
 from collections.abc import Callable
@@ -19,16 +20,18 @@ from dataclasses import field
 
 from esper.oona.v1 import event_pb2
 from esper.services.oona.topics import TopicState
-from esper.services.oona.topics import event_key
 from esper.services.oona.topics import group_key
 from esper.services.oona.topics import group_prefix
 from esper.services.oona.topics import pending_key
+from esper.services.oona.topics import read_event
 from esper.services.oona.topics import topic_key
 from esper.services.serving.errors import exhausted
 from esper.services.serving.errors import not_found
 from esper.services.store.engine import Store
 from esper.services.store.followers import Followers
 from esper.services.store.opening import Row
+
+LOG = logging.getLogger("esper.oona")
 
 GROUP_TABLES = ("groups", "pending")
 MAX_GROUPS = 32
@@ -37,8 +40,10 @@ MAX_PENDING = 10_000
 """Events that a group may have been given and not acknowledged; it gets no new ones then."""
 MAX_BATCH_BYTES = 1 << 20
 
-_STATE = struct.Struct(">QQ")  # next offset, number of pending events
-_PENDING = struct.Struct(">Id")  # number of deliveries, visibility timeout in seconds
+STATE = struct.Struct(">QQ")
+"""Row of a group: next offset, number of pending events."""
+PENDING = struct.Struct(">Id")
+"""Row of a pending event: number of deliveries, visibility timeout in seconds."""
 _NUMBER_BYTES = 8
 
 
@@ -115,7 +120,7 @@ class Group:
             cursor = row.cursor(db=self._pending)
             going_on = cursor.set_range(prefix)
             while going_on and cursor.key().startswith(prefix):
-                _, timeout_s = _PENDING.unpack(cursor.value())
+                _, timeout_s = PENDING.unpack(cursor.value())
                 offset = int.from_bytes(cursor.key()[len(prefix) :], "big")
                 self._leases[offset] = _Lease(None, elapsed() + timeout_s)
                 going_on = cursor.next()
@@ -211,7 +216,7 @@ class Group:
             if value is None:
                 taken.gone.append(offset)  # acknowledged meanwhile
                 continue
-            content = row.get(event_key(self._topic, offset), db=events)
+            content = read_event(row, events, self._topic, offset)
             if content is None:
                 row.delete(key, db=self._pending)
                 pending -= 1
@@ -220,24 +225,29 @@ class Group:
                 continue
             if taken.deliveries and taken.size_bytes + len(content) > MAX_BATCH_BYTES:
                 break
-            count = _PENDING.unpack(value)[0] + 1
-            row.put(key, _PENDING.pack(count, timeout_s), db=self._pending)
+            count = PENDING.unpack(value)[0] + 1
+            row.put(key, PENDING.pack(count, timeout_s), db=self._pending)
             taken.add(offset, content, count)
         if following < topic.first:
             taken.skip(following, topic.first)
             following = topic.first
         while following < topic.following and len(taken.deliveries) < room:
-            content = row.get(event_key(self._topic, following), db=events) or b""
+            content = read_event(row, events, self._topic, following)
+            if content is None:
+                LOG.error("event %d of topic %s was damaged at rest", following, self._topic)
+                taken.skip(following, following + 1)
+                following += 1
+                continue
             too_much = taken.size_bytes + len(content) > MAX_BATCH_BYTES
             if pending >= MAX_PENDING or (taken.deliveries and too_much):
                 break
             key = pending_key(self._topic, self._name, following)
-            row.put(key, _PENDING.pack(1, timeout_s), db=self._pending)
+            row.put(key, PENDING.pack(1, timeout_s), db=self._pending)
             taken.add(following, content, 1)
             following += 1
             pending += 1
         if (following, pending) != before:
-            row.put(self._key, _STATE.pack(following, pending), db=self._groups)
+            row.put(self._key, STATE.pack(following, pending), db=self._groups)
         return taken
 
 
@@ -281,7 +291,7 @@ class Groups:
             if start is not None:
                 state.require_offset(topic, start)
             first = state.following if start is None else start
-            row.put(group_key(topic, name), _STATE.pack(first, 0), db=table)
+            row.put(group_key(topic, name), STATE.pack(first, 0), db=table)
 
         await asyncio.wrap_future(self._store.submit(work))
         group = self._groups.get((topic, name))
@@ -305,7 +315,7 @@ class Groups:
                 if row.delete(pending_key(topic, name, offset), db=self._store.table("pending"))
             ]
             if done:
-                state = _STATE.pack(following, pending - len(done))
+                state = STATE.pack(following, pending - len(done))
                 row.put(group_key(topic, name), state, db=self._store.table("groups"))
             return done
 
@@ -321,7 +331,7 @@ def _load(row: Row, store: Store, topic: str, name: str) -> tuple[int, int]:
     value = row.get(group_key(topic, name), db=store.table("groups"))
     if value is None:
         raise not_found(f"group {name} of topic {topic}")
-    following, pending = _STATE.unpack(value)
+    following, pending = STATE.unpack(value)
     return following, pending
 
 
@@ -332,7 +342,7 @@ def list_groups(row: Row, store: Store, topic: str) -> list[event_pb2.ConsumerGr
     cursor = row.cursor(db=store.table("groups"))
     going_on = cursor.set_range(prefix)
     while going_on and cursor.key().startswith(prefix):
-        following, pending = _STATE.unpack(cursor.value())
+        following, pending = STATE.unpack(cursor.value())
         found.append(
             event_pb2.ConsumerGroup(
                 name=cursor.key()[len(prefix) :].decode(),

@@ -10,10 +10,14 @@ from esper.oona.v1 import event_pb2
 from esper.services.oona.clock import SteadyClock
 from esper.services.oona.groups import GROUP_TABLES
 from esper.services.oona.groups import list_groups
+from esper.services.oona.topics import QUARANTINE_TABLE
 from esper.services.oona.topics import TopicState
 from esper.services.oona.topics import event_key
+from esper.services.oona.topics import read_event
 from esper.services.oona.topics import topic_key
 from esper.services.serving.checks import effective_page_size
+from esper.services.serving.errors import ServiceError
+from esper.services.serving.errors import data_loss
 from esper.services.serving.errors import exhausted
 from esper.services.store.engine import Store
 from esper.services.store.followers import Followers
@@ -21,8 +25,9 @@ from esper.services.store.opening import Row
 from esper.services.store.paging import PageTokens
 from esper.services.store.requests import RequestTable
 from esper.services.store.requests import fingerprint
+from esper.services.store.seals import seal
 
-TABLES = ("topics", "events", "requests", "clock", *GROUP_TABLES)
+TABLES = ("topics", "events", QUARANTINE_TABLE, "requests", "clock", *GROUP_TABLES)
 REQUEST_CAPACITY = 1_000_000
 MAX_TOPICS = 10_000
 MAX_BATCH_EVENTS = 256
@@ -43,6 +48,7 @@ class EventLog:
         elapsed: Gives the seconds since some moment, never going back.
 
     Attributes:
+        store: The rows.
         followers: Wakes those that follow a topic, by its name.
     """
 
@@ -53,7 +59,7 @@ class EventLog:
         elapsed: Callable[[], float] = time.monotonic,
     ) -> None:
         self.followers = Followers()
-        self._store = store
+        self.store = store
         self._events = store.table("events")
         self._topics = store.table("topics")
         self._requests = RequestTable(store, "requests", REQUEST_CAPACITY)
@@ -87,9 +93,10 @@ class EventLog:
                 key=request.key,
                 body=request.body,
             )
-            content = event.SerializeToString()
-            row.put(event_key(request.topic, offset), content, db=self._events)
-            row.put(CLOCK_KEY, now_ns.to_bytes(_NUMBER_BYTES, "big"), db=self._store.table("clock"))
+            key = event_key(request.topic, offset)
+            content = seal(key, event.SerializeToString())
+            row.put(key, content, db=self._events)
+            row.put(CLOCK_KEY, now_ns.to_bytes(_NUMBER_BYTES, "big"), db=self.store.table("clock"))
             state.following += 1
             state.size_bytes += len(content)
             self._trim(row, request.topic, state)
@@ -98,37 +105,39 @@ class EventLog:
             self._requests.remember(row, scope, request.request_id, asked, number)
             return offset
 
-        future = self._store.submit(work, request.ByteSize())
+        future = self.store.submit(work, request.ByteSize())
         future.add_done_callback(lambda _: self.followers.wake(request.topic))
         return future
 
     def read(self, topic: str, offset: int) -> list[event_pb2.Event]:
         """Returns the next events from `offset` on, a bounded batch; empty where there are none.
 
+        It ends before an event that is damaged.
+
         Raises:
-            ServiceError: OUT_OF_RANGE where `offset` is no longer kept, or beyond the next event.
+            ServiceError: OUT_OF_RANGE where `offset` is no longer kept, or beyond the next event;
+                DATA_LOSS where the very event is damaged.
         """
         contents: list[bytes] = []
         size_bytes = 0
-        with self._store.reading() as row:
+        with self.store.reading() as row:
             state = self._state(row, topic)
             state.require_offset(topic, offset)
-            cursor = row.cursor(db=self._events)
-            going_on = cursor.set_range(event_key(topic, offset))
-            last = event_key(topic, state.following)
-            while going_on and cursor.key() < last:
-                content = cursor.value()
+            for number in range(offset, min(state.following, offset + MAX_BATCH_EVENTS)):
+                content = read_event(row, self._events, topic, number)
+                if content is None:
+                    if not contents:
+                        raise _damaged(topic, number)
+                    break
                 size_bytes += len(content)
-                too_much = len(contents) == MAX_BATCH_EVENTS or size_bytes > MAX_BATCH_BYTES
-                if contents and too_much:
+                if contents and size_bytes > MAX_BATCH_BYTES:
                     break
                 contents.append(content)
-                going_on = cursor.next()
         return [event_pb2.Event.FromString(content) for content in contents]
 
     def next_offset(self, topic: str) -> int:
         """Returns the offset that the next event of a topic gets."""
-        with self._store.reading() as row:
+        with self.store.reading() as row:
             return self._state(row, topic).following
 
     def topics(self, request: event_pb2.ListTopicsRequest) -> event_pb2.ListTopicsResponse:
@@ -136,7 +145,7 @@ class EventLog:
         start = self._tokens.decode("topics", request.page_token)
         size = effective_page_size(request.page_size)
         response = event_pb2.ListTopicsResponse()
-        with self._store.reading() as row:
+        with self.store.reading() as row:
             cursor = row.cursor(db=self._topics)
             going_on = cursor.set_range(start)
             while going_on and len(response.topics) < size:
@@ -171,11 +180,11 @@ class EventLog:
             self._requests.remember(row, "SetRetention", request.request_id, asked, answer)
             return response
 
-        return self._store.submit(work, request.ByteSize())
+        return self.store.submit(work, request.ByteSize())
 
     def topic_names(self) -> list[str]:
         """Returns the names of all topics."""
-        with self._store.reading() as row:
+        with self.store.reading() as row:
             return [key.decode() for key, _ in row.cursor(db=self._topics)]
 
     def expire(self, topic: str) -> "Future[bool]":
@@ -185,21 +194,21 @@ class EventLog:
             state = self._state(row, topic)
             self._trim(row, topic, state)
             oldest_ns = self._clock.now_ns() - int(state.retention().max_age_s * 1e9)
-            cursor = row.cursor(db=self._events)
             dropped = 0
             while dropped < TRIM_ROWS and state.following - state.first > 1:
-                if not cursor.set_key(event_key(topic, state.first)):
-                    break
-                event = event_pb2.Event.FromString(cursor.value())
-                if event.publish_time.ToNanoseconds() >= oldest_ns:
-                    break
+                content = read_event(row, self._events, topic, state.first)
+                # A damaged event that has become the oldest goes: its time is not known.
+                if content is not None:
+                    event = event_pb2.Event.FromString(content)
+                    if event.publish_time.ToNanoseconds() >= oldest_ns:
+                        break
                 self._drop_first(row, topic, state)
                 dropped += 1
             if row.get(topic_key(topic), db=self._topics) != state.encode():
                 row.put(topic_key(topic), state.encode(), db=self._topics)
             return dropped == TRIM_ROWS or state.has_too_much()
 
-        return self._store.submit(work, frees=True)
+        return self.store.submit(work, frees=True)
 
     def _trim(self, row: Row, topic: str, state: TopicState) -> None:
         """Drops the oldest events while there are too many bytes of them."""
@@ -209,9 +218,11 @@ class EventLog:
             self._drop_first(row, topic, state)
 
     def _drop_first(self, row: Row, topic: str, state: TopicState) -> None:
-        content = row.pop(event_key(topic, state.first), db=self._events)
+        key = event_key(topic, state.first)
+        content = row.pop(key, db=self._events)
         state.size_bytes -= len(content or b"")
         state.first += 1
+        row.delete(key, db=self.store.table(QUARANTINE_TABLE))
 
     def _state(self, row: Row, topic: str) -> TopicState:
         return TopicState.decode(row.get(topic_key(topic), db=self._topics))
@@ -230,5 +241,14 @@ class EventLog:
             next_offset=state.following,
             size_bytes=state.size_bytes,
             retention=state.retention(),
-            groups=list_groups(row, self._store, name),
+            groups=list_groups(row, self.store, name),
         )
+
+
+def _damaged(topic: str, offset: int) -> ServiceError:
+    return data_loss(
+        f"event {offset} of topic {topic} was damaged at rest: go on behind it",
+        topic=topic,
+        offset=str(offset),
+        next_offset=str(offset + 1),
+    )

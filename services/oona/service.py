@@ -11,9 +11,10 @@ import grpc
 
 from esper.oona.v1 import event_pb2
 from esper.oona.v1 import event_pb2_grpc
-from esper.services.oona import log as rows
-from esper.services.oona import migrations
 from esper.services.oona import validate
+from esper.services.oona.check import Checker
+from esper.services.oona.contents import FOLDER
+from esper.services.oona.contents import SCHEMA
 from esper.services.oona.groups import Groups
 from esper.services.oona.groups import Member
 from esper.services.oona.log import EventLog
@@ -22,13 +23,12 @@ from esper.services.serving.context import ServiceContext
 from esper.services.serving.errors import ServiceError
 from esper.services.serving.errors import require
 from esper.services.serving.errors import unavailable
+from esper.services.serving.steps import in_steps
 from esper.services.store.engine import Store
 from esper.services.store.followers import first_of
-from esper.services.store.opening import Schema
 
 LOG = logging.getLogger("esper.oona")
 
-SCHEMA = Schema(rows.TABLES, version=2, migrations={1: migrations.from_1})
 EXPIRY_INTERVAL_S = 20.0
 DEFAULT_IN_FLIGHT = 64
 DEFAULT_TIMEOUT_S = 30.0
@@ -156,6 +156,14 @@ class EventServicer(event_pb2_grpc.EventServiceServicer):
         require(validate.list_topics(request))
         return await asyncio.to_thread(self._log.topics, request)
 
+    async def CheckLog(
+        self, request: event_pb2.CheckLogRequest, context: CallContext
+    ) -> AsyncIterator[event_pb2.CheckLogResponse]:
+        checker = Checker(self._log.store, quarantine=request.quarantine)
+        async with aclosing(in_steps(iter(checker))) as steps:
+            async for step in steps:
+                yield step
+
 
 class OonaService:
     """Oona as a service of the shell; its store is `oona` in the data directory.
@@ -167,7 +175,7 @@ class OonaService:
     full_names = ("esper.oona.v1.EventService",)
 
     def __init__(self, context: ServiceContext) -> None:
-        self._store = Store(context.data_dir / "oona", SCHEMA, context.limits)
+        self._store = Store(context.data_dir / FOLDER, SCHEMA, context.limits)
         self._log = EventLog(self._store)
         groups = Groups(self._store, self._log.followers)
         self._servicer = EventServicer(self._log, groups, context.stopping)

@@ -5,6 +5,12 @@ from dataclasses import dataclass
 
 from esper.oona.v1 import event_pb2
 from esper.services.serving.errors import out_of_range
+from esper.services.store.opening import Database
+from esper.services.store.opening import Row
+from esper.services.store.seals import unseal
+
+QUARANTINE_TABLE = "event_quarantine"
+"""Damaged events, under the keys that they had."""
 
 DEFAULT_MAX_AGE_S = 7 * 24 * 3600.0
 DEFAULT_MAX_BYTES = 1 << 30
@@ -74,6 +80,12 @@ def event_key(topic: str, offset: int) -> bytes:
     """Returns the key of an event's row."""
     # A topic's name has no zero byte, so no topic's keys lie among another's.
     return topic.encode() + b"\0" + offset.to_bytes(_NUMBER_BYTES, "big")
+
+
+def read_event(row: Row, events: Database, topic: str, offset: int) -> bytes | None:
+    """Returns an event as it was stored; None where it is damaged or not there."""
+    key = event_key(topic, offset)
+    return unseal(key, row.get(key, db=events))
 
 
 def group_prefix(topic: str) -> bytes:

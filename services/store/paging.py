@@ -86,27 +86,25 @@ class PageTokens:
 
 def read_page(
     row: Row, table: Database, prefix: bytes, start: bytes, size: int
-) -> tuple[list[bytes], bytes | None]:
-    """Returns the next values and the position to go on from, None at the end.
+) -> tuple[list[tuple[bytes, bytes]], bytes | None]:
+    """Returns the next rows and the position to go on from, None at the end.
 
     Args:
         row: The snapshot to read from.
         table: The table's handle.
         prefix: Only keys with this prefix are read.
         start: Position of the page; empty for the first.
-        size: The most values wanted, at least 1; fewer come where they are too much for a message.
+        size: The most rows wanted, at least 1; fewer come where they are too much for a message.
     """
-    found: list[bytes] = []
+    found: list[tuple[bytes, bytes]] = []
     size_bytes = 0
-    last = b""
     cursor = row.cursor(db=table)
     going_on = cursor.set_range(max(start, prefix))
     while going_on and cursor.key().startswith(prefix):
         value = cursor.value()
         size_bytes += len(value)
         if found and (len(found) == size or size_bytes > MAX_PAGE_BYTES):
-            return found, last + b"\0"
-        found.append(value)
-        last = cursor.key()
+            return found, found[-1][0] + b"\0"
+        found.append((cursor.key(), value))
         going_on = cursor.next()
     return found, None

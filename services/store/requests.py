@@ -11,6 +11,8 @@ from esper.services.store.engine import Store
 from esper.services.store.opening import Row
 
 MAX_REQUEST_ID_CHARS = 64
+CHECKED_TOGETHER = 1000
+"""Rows that the check looks at in one snapshot."""
 _COUNTER_BYTES = 8
 _DIGEST_BYTES = 32
 _ORDER_PREFIX = b"o"
@@ -94,11 +96,20 @@ class RequestTable:
 def check_requests(store: Store, table: str) -> Iterator[str]:
     """Yields what is wrong with a table of requests, in sentences."""
     handle = store.table(table)
-    for place, answer in store.scan(table, _ORDER_PREFIX):
-        with store.reading() as row:  # looked up again, as it may have been forgotten meanwhile
-            still_there = row.get(place, db=handle) == answer
-            lacking = row.get(answer, db=handle) is None
-        if still_there and lacking:
+    position = _ORDER_PREFIX
+    while position:
+        lacking: list[bytes] = []
+        with store.reading() as row:
+            cursor = row.cursor(db=handle)
+            going_on = cursor.set_range(position)
+            for _ in range(CHECKED_TOGETHER):
+                if not going_on:
+                    break
+                if row.get(cursor.value(), db=handle) is None:
+                    lacking.append(cursor.key())
+                going_on = cursor.next()
+            position = cursor.key() if going_on else b""
+        for place in lacking:
             yield f"place {int.from_bytes(place[1:], 'big')} of the order has no answer"
     with store.reading() as row:
         num_rows = row.stat(handle)["entries"]

@@ -5,27 +5,28 @@ again in one.
 """
 
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable
+from collections.abc import Generator
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TypeVar
 
-import lmdb.verify
 from google.protobuf.message import DecodeError
 from google.protobuf.message import Message
 
+from esper.common.v1 import check_pb2
 from esper.common.v1 import digest_pb2
 from esper.services.serving.errors import ServiceError
-from esper.services.store.files import free_bytes
+from esper.services.store.copies import copied_rows
+from esper.services.store.copies import structure_problems
 from esper.services.store.requests import check_requests
+from esper.services.store.seals import unseal
 from esper.services.urza.blobs import TABLE as BLOB_TABLE
 from esper.services.urza.blobs import blob_name
 from esper.services.urza.blobs import row_size
 from esper.services.urza.contents import Contents
 from esper.services.urza.etags import etag_of
 from esper.services.urza.garbage import orphans
+from esper.services.urza.library import report_name
 from esper.services.urza.resources import digest_of_blueprint
 from esper.services.urza.resources import digest_of_kernel
 from esper.urza.v1 import library_pb2
@@ -55,9 +56,9 @@ class Checker:
         self._quarantine = quarantine
         self._summary = pb.CheckSummary()
 
-    def __iter__(self) -> Iterator[pb.CheckStoreResponse]:
+    def __iter__(self) -> Generator[pb.CheckStoreResponse, None, None]:
         """Yields what is wrong, and the summary at the end; blocks in between."""
-        parts: tuple[Callable[[], Iterator[pb.Finding]], ...] = (
+        parts: tuple[Callable[[], Iterator[check_pb2.Finding]], ...] = (
             self._structure,
             self._check_blobs,
             self._orphans,
@@ -68,7 +69,7 @@ class Checker:
         )
         for part in parts:
             for finding in part():
-                if finding.kind == pb.FINDING_KIND_ORPHAN:
+                if finding.kind == check_pb2.FINDING_KIND_ORPHAN:
                     self._summary.num_orphans += 1
                 else:
                     self._summary.num_problems += 1
@@ -77,24 +78,21 @@ class Checker:
 
     # ------------------------------------------------------------ the file with the rows
 
-    def _structure(self) -> Iterator[pb.Finding]:
-        directory = self._store.directory
-        if free_bytes(directory) < self._store.row_file_bytes + self._store.limits.keep_free_bytes:
-            LOG.warning("no room for a copy of the rows: their structure is not checked")
-            return
-        folder = Path(tempfile.mkdtemp(prefix="check-", dir=self._store.scratch))
-        try:
-            self._store.copy_rows(folder, compact=False)
-            problems = lmdb.verify.verify(str(folder))
-        finally:
-            shutil.rmtree(folder)
+    def _structure(self) -> Iterator[check_pb2.Finding]:
+        with copied_rows(self._store, compact=False) as folder:
+            if folder is None:
+                LOG.warning("no room for a copy of the rows: their structure is not checked")
+                return
+            problems = structure_problems(folder)
         self._summary.structure_checked = True
         for problem in problems:
-            yield pb.Finding(kind=pb.FINDING_KIND_STRUCTURE, name="rows", detail=problem)
+            yield check_pb2.Finding(
+                kind=check_pb2.FINDING_KIND_STRUCTURE, name="rows", detail=problem
+            )
 
     # ------------------------------------------------------------ blobs
 
-    def _check_blobs(self) -> Iterator[pb.Finding]:
+    def _check_blobs(self) -> Iterator[check_pb2.Finding]:
         for key, value in self._store.scan(BLOB_TABLE):
             digest = digest_pb2.Digest(hash=key.hex(), size_bytes=row_size(value))
             try:
@@ -106,23 +104,25 @@ class Checker:
             if not sound:
                 if self._quarantine:
                     self._blobs.put_aside(digest)
-                yield pb.Finding(
-                    kind=pb.FINDING_KIND_DAMAGED,
+                yield check_pb2.Finding(
+                    kind=check_pb2.FINDING_KIND_DAMAGED,
                     name=blob_name(digest),
                     detail="its bytes are not those of its digest",
                     quarantined=self._quarantine,
                 )
 
-    def _orphans(self) -> Iterator[pb.Finding]:
+    def _orphans(self) -> Iterator[check_pb2.Finding]:
         for path in orphans(self._store, self._blobs):
             if self._blobs.leases.is_held(path.name):  # an upload that is being entered
                 continue
             detail = f"{path} belongs to no blob"
-            yield pb.Finding(kind=pb.FINDING_KIND_ORPHAN, name=path.name, detail=detail)
+            yield check_pb2.Finding(
+                kind=check_pb2.FINDING_KIND_ORPHAN, name=path.name, detail=detail
+            )
 
     # ------------------------------------------------------------ the library
 
-    def _check_records(self) -> Iterator[pb.Finding]:
+    def _check_records(self) -> Iterator[check_pb2.Finding]:
         library = self._contents.library
         for key, value in self._rows("blueprints"):
             name = f"blueprints/{key.hex()}"
@@ -144,33 +144,44 @@ class Checker:
                 yield from self._references(kernel)
         for table, records in (("blueprints", library.blueprints), ("kernels", library.kernels)):
             for problem in records.check_index():
-                yield pb.Finding(kind=pb.FINDING_KIND_INDEX, name=table, detail=problem)
+                yield check_pb2.Finding(
+                    kind=check_pb2.FINDING_KIND_INDEX, name=table, detail=problem
+                )
 
-    def _references(self, record: library_pb2.KernelRecord) -> Iterator[pb.Finding]:
+    def _references(self, record: library_pb2.KernelRecord) -> Iterator[check_pb2.Finding]:
         weights = record.kernel.weights
         if record.kernel.HasField("weights") and not self._blobs.contains(weights):
             detail = f"its weights {blob_name(weights)} are not stored"
-            yield pb.Finding(kind=pb.FINDING_KIND_DANGLING, name=record.name, detail=detail)
+            yield check_pb2.Finding(
+                kind=check_pb2.FINDING_KIND_DANGLING, name=record.name, detail=detail
+            )
         for parent in record.parents:
             collection, _, digest = parent.partition("/")
             if not self._has(collection, bytes.fromhex(digest)):
                 detail = f"its parent {parent} is not stored"
-                yield pb.Finding(kind=pb.FINDING_KIND_DANGLING, name=record.name, detail=detail)
+                yield check_pb2.Finding(
+                    kind=check_pb2.FINDING_KIND_DANGLING, name=record.name, detail=detail
+                )
 
-    def _reports(self) -> Iterator[pb.Finding]:
+    def _reports(self) -> Iterator[check_pb2.Finding]:
         for key, value in self._rows("reports"):
-            kernel, number = key[:-_KEY_BYTES], int.from_bytes(key[-_KEY_BYTES:], "big")
-            name = f"kernels/{kernel.hex()}/reports/{number}"
-            report = _decoded(library_pb2.FieldReport, value)
+            if not value:  # it was put aside before
+                continue
+            kernel, name = key[:-_KEY_BYTES], report_name(key)
+            content = unseal(key, value)
+            report = None if content is None else _decoded(library_pb2.FieldReport, content)
             if report is None or report.name != name:
-                yield _damaged(name, "its record cannot be read")
+                aside = self._quarantine and self._contents.library.put_report_aside(key, value)
+                yield _damaged(name, "its record is not what was stored", quarantined=aside)
             if not self._has("kernels", kernel):
                 detail = "its kernel is not stored"
-                yield pb.Finding(kind=pb.FINDING_KIND_DANGLING, name=name, detail=detail)
+                yield check_pb2.Finding(
+                    kind=check_pb2.FINDING_KIND_DANGLING, name=name, detail=detail
+                )
 
     # ------------------------------------------------------------ runs
 
-    def _check_runs(self) -> Iterator[pb.Finding]:
+    def _check_runs(self) -> Iterator[check_pb2.Finding]:
         for run_id, key in self._rows("run_ids"):
             name = f"runs/{run_id.decode('utf-8', 'replace')}"
             if not self._has("runs", key):
@@ -191,7 +202,9 @@ class Checker:
             run_id = run.name.removeprefix("runs/").encode() if run is not None else b""
             if run is not None and not (run_id and self._has("run_ids", run_id)):
                 detail = "it is not to be found under its id"
-                yield pb.Finding(kind=pb.FINDING_KIND_INDEX, name=run.name, detail=detail)
+                yield check_pb2.Finding(
+                    kind=check_pb2.FINDING_KIND_INDEX, name=run.name, detail=detail
+                )
             elif run is None and not self._is_named(key):
                 yield _damaged(f"run {key.hex()}", "its record cannot be read")
         yield from self._stray_events()
@@ -200,7 +213,7 @@ class Checker:
         """Returns whether an id stands for the run under `key`; its verification has told then."""
         return any(value == key for _, value in self._store.scan("run_ids"))
 
-    def _stray_events(self) -> Iterator[pb.Finding]:
+    def _stray_events(self) -> Iterator[check_pb2.Finding]:
         """Yields the runs that have events and no record; looks at one event of each."""
         position = b""
         while True:
@@ -212,16 +225,18 @@ class Checker:
                 stray = row.get(run, db=self._store.table("runs")) is None
             if stray:
                 detail = "it has events and no record"
-                yield pb.Finding(
-                    kind=pb.FINDING_KIND_DANGLING, name=f"run {run.hex()}", detail=detail
+                yield check_pb2.Finding(
+                    kind=check_pb2.FINDING_KIND_DANGLING, name=f"run {run.hex()}", detail=detail
                 )
             position = run + b"\xff" * (_KEY_BYTES + 1)
 
     # ------------------------------------------------------------ the rest
 
-    def _requests(self) -> Iterator[pb.Finding]:
+    def _requests(self) -> Iterator[check_pb2.Finding]:
         for problem in check_requests(self._store, "requests"):
-            yield pb.Finding(kind=pb.FINDING_KIND_INDEX, name="requests", detail=problem)
+            yield check_pb2.Finding(
+                kind=check_pb2.FINDING_KIND_INDEX, name="requests", detail=problem
+            )
 
     def _rows(self, table: str) -> Iterator[tuple[bytes, bytes]]:
         for key, value in self._store.scan(table):
@@ -251,7 +266,7 @@ def _unsound(record: R | None, name: str, digest_of: Callable[[R], str]) -> str:
     return "" if name.endswith(f"/{found}") else f"its content has the digest {found}"
 
 
-def _damaged(name: str, detail: str, *, quarantined: bool = False) -> pb.Finding:
-    return pb.Finding(
-        kind=pb.FINDING_KIND_DAMAGED, name=name, detail=detail, quarantined=quarantined
+def _damaged(name: str, detail: str, *, quarantined: bool = False) -> check_pb2.Finding:
+    return check_pb2.Finding(
+        kind=check_pb2.FINDING_KIND_DAMAGED, name=name, detail=detail, quarantined=quarantined
     )

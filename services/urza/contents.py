@@ -12,7 +12,9 @@ from esper.services.urza import migrations
 from esper.services.urza import runs
 
 SCHEMA = Schema(
-    (*blobs.TABLES, *library.TABLES, *runs.TABLES), version=2, migrations={1: migrations.from_1}
+    (*blobs.TABLES, *library.TABLES, *runs.TABLES),
+    version=3,
+    migrations={1: migrations.from_1, 2: migrations.from_2},
 )
 FOLDER = "urza"
 """Folder of Urza's store in the data directory of a server."""

@@ -1,5 +1,6 @@
 """The library: blueprints, kernels and reports as rows, each change at once or not at all."""
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,6 +20,8 @@ from esper.services.store.paging import PageTokens
 from esper.services.store.paging import read_page
 from esper.services.store.requests import RequestTable
 from esper.services.store.requests import fingerprint
+from esper.services.store.seals import seal
+from esper.services.store.seals import unseal
 from esper.services.urza.blobs import BlobStore
 from esper.services.urza.blobs import blob_name
 from esper.services.urza.catalog import BLUEPRINT_ORDER
@@ -40,6 +43,8 @@ from esper.services.urza.states import require_blueprint_move
 from esper.services.urza.states import require_kernel_move
 from esper.urza.v1 import library_pb2 as pb
 
+LOG = logging.getLogger("esper.urza.library")
+
 TABLES = (
     "blueprints",
     "blueprint_index",
@@ -59,6 +64,12 @@ FOLLOWED = "library"
 _NUMBER_BYTES = 8
 
 Response = TypeVar("Response", bound=Message)
+
+
+def report_name(key: bytes) -> str:
+    """Returns the name of the report whose row has a key."""
+    kernel, number = key[:-_NUMBER_BYTES], key[-_NUMBER_BYTES:]
+    return f"kernels/{kernel.hex()}/reports/{int.from_bytes(number, 'big')}"
 
 
 class Library:
@@ -331,7 +342,8 @@ class Library:
             report.name = f"{name}/reports/{number}"
             report.report_time.CopyFrom(self._timestamp())
             place = key + number.to_bytes(_NUMBER_BYTES, "big")
-            row.put(place, report.SerializeToString(), db=self._store.table("reports"))
+            sealed = seal(place, report.SerializeToString())
+            row.put(place, sealed, db=self._store.table("reports"))
             revision = self.changes.revision(row) + 1
             self.changes.append(row, pb.WatchResponse(revision=revision, report=report))
             return pb.RecordFieldReportResponse(report=report)
@@ -341,7 +353,7 @@ class Library:
     def list_field_reports(
         self, request: pb.ListFieldReportsRequest
     ) -> pb.ListFieldReportsResponse:
-        """Returns a page of the reports on a kernel, oldest first.
+        """Returns a page of the reports on a kernel, oldest first; damaged ones are left out.
 
         Raises:
             ServiceError: NOT_FOUND where the kernel is not stored.
@@ -352,10 +364,29 @@ class Library:
         size = effective_page_size(request.page_size)
         with self._store.reading() as row:
             self.kernels.load(row, request.kernel)
-            values, following = read_page(row, self._store.table("reports"), prefix, start, size)
+            rows, following = read_page(row, self._store.table("reports"), prefix, start, size)
         token = "" if following is None else self._tokens.encode(scope, following)
-        reports = [pb.FieldReport.FromString(value) for value in values]
+        contents = [unseal(key, value) for key, value in rows]
+        if None in contents:
+            LOG.error("%s has damaged reports", request.kernel)
+        reports = [pb.FieldReport.FromString(held) for held in contents if held is not None]
         return pb.ListFieldReportsResponse(reports=reports, next_page_token=token)
+
+    def put_report_aside(self, key: bytes, value: bytes) -> bool:
+        """Puts a damaged report into quarantine; returns False where it has changed since.
+
+        An empty row stays in its place, so that its number is given to no other.
+        """
+
+        def work(row: Row) -> bool:
+            table = self._store.table("reports")
+            if row.get(key, db=table) != value:
+                return False
+            row.put(key, b"", db=table)
+            row.put(report_name(key).encode(), value, db=self._store.table(QUARANTINE_TABLE))
+            return True
+
+        return self._store.submit(work, frees=True).result()
 
     # ------------------------------------------------------------ relations and revisions
 

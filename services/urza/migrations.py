@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from esper.services.store.opening import Database
 from esper.services.store.opening import Row
+from esper.services.store.seals import seal_rows
 from esper.services.urza.catalog import blueprint_entries
 from esper.services.urza.catalog import kernel_entries
 from esper.services.urza.etags import etag_of
@@ -45,6 +46,11 @@ def from_1(row: Row, table: Callable[[str], Database]) -> None:
             row.put(edge, b"", db=table(LINEAGE_TABLE))
         # The next number of a kernel's reports is read from the last one.
         row.delete(b"reports" + key, db=table("counters"))
+
+
+def from_2(row: Row, table: Callable[[str], Database]) -> None:
+    """Gives the reports a checksum each."""
+    seal_rows(row, table("reports"))
 
 
 def _reports(row: Row, reports: Database, kernel: bytes) -> list[pb.FieldReport]:

@@ -144,9 +144,9 @@ class Runs:
         start = self._tokens.decode("runs", request.page_token)
         size = effective_page_size(request.page_size)
         with self._store.reading() as row:
-            values, following = read_page(row, self._store.table("runs"), b"", start, size)
+            rows, following = read_page(row, self._store.table("runs"), b"", start, size)
         token = "" if following is None else self._tokens.encode("runs", following)
-        runs = [pb.Run.FromString(value) for value in values]
+        runs = [pb.Run.FromString(value) for _, value in rows]
         return pb.ListRunsResponse(runs=runs, next_page_token=token)
 
     def append(

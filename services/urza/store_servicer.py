@@ -6,12 +6,14 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from collections.abc import Iterator
+from contextlib import aclosing
 
 from esper.common.v1 import digest_pb2
 from esper.services.serving.context import CallContext
 from esper.services.serving.errors import invalid
 from esper.services.serving.errors import unavailable
 from esper.services.serving.logs import FIELDS
+from esper.services.serving.steps import in_steps
 from esper.services.urza import garbage
 from esper.services.urza.check import Checker
 from esper.services.urza.contents import Contents
@@ -61,9 +63,10 @@ class StoreServicer(store_pb2_grpc.StoreServiceServicer):
     async def CheckStore(
         self, request: pb.CheckStoreRequest, context: CallContext
     ) -> AsyncIterator[pb.CheckStoreResponse]:
-        steps = iter(Checker(self._contents, quarantine=request.quarantine))
-        while (step := await asyncio.to_thread(next, steps, None)) is not None:
-            yield step
+        checker = Checker(self._contents, quarantine=request.quarantine)
+        async with aclosing(in_steps(iter(checker))) as steps:
+            async for step in steps:
+                yield step
 
     async def CollectGarbage(
         self, request: pb.CollectGarbageRequest, context: CallContext

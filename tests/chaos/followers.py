@@ -17,7 +17,8 @@ from esper.oona.v1 import event_pb2
 from esper.plane.channel import make_channel
 from esper.urza.client import UrzaClient
 
-VISIBILITY_TIMEOUT_S = 10.0
+VISIBILITY_TIMEOUT_S = 1.0
+"""Shorter than a server lives here: with each start the timeouts of what is under way run anew."""
 
 
 class Followers:

@@ -122,12 +122,12 @@ def check_by_command(*arguments: str) -> tuple[list[str], int]:
         for step in steps
         if "finding" in step and step["finding"]["kind"] != "FINDING_KIND_ORPHAN"
     ]
-    summary = steps[-1].get("summary", {}) if steps else {}
-    if run.returncode or not summary:
+    summaries = [step["summary"] for step in steps if "summary" in step]
+    if run.returncode or len(summaries) != 2:  # of the store and of the log
         problems.append(f"status {run.returncode}: {run.stderr}")
-    elif not summary["structureChecked"]:
+    elif not all(summary["structureChecked"] for summary in summaries):
         problems.append("the structure was not checked")
-    return problems, int(summary.get("numOrphans", 0))
+    return problems, sum(int(summary.get("numOrphans", 0)) for summary in summaries)
 
 
 def run_chaos(

@@ -10,7 +10,8 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from esper.oona.v1 import event_pb2
-from esper.services.oona import service
+from esper.services.oona.check import Checker
+from esper.services.oona.contents import SCHEMA
 from esper.services.oona.groups import Group
 from esper.services.oona.groups import Groups
 from esper.services.oona.groups import Member
@@ -19,6 +20,7 @@ from esper.services.oona.log import EventLog
 from esper.services.serving.errors import ServiceError
 from esper.services.store.engine import Store
 from esper.services.store.opening import Row
+from esper.services.store.seals import unseal
 
 YEAR_S = 365 * 86400.0
 KIB = 1024
@@ -51,7 +53,7 @@ class Oona:
         self.open()
 
     def open(self) -> None:
-        self.store = Store(self._folder, service.SCHEMA)
+        self.store = Store(self._folder, SCHEMA)
         self.log = EventLog(self.store, self.clocks.now, self.clocks.elapsed)
         self.groups = Groups(self.store, self.log.followers, self.clocks.elapsed)
 
@@ -249,6 +251,9 @@ def test_a_store_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> No
 
         def make_old(row: Row) -> None:
             row.put(b"a", struct.pack(">QQ", 0, 3), db=oona.store.table("topics"))
+            events = oona.store.table("events")
+            for key, value in list(row.cursor(db=events)):
+                row.put(key, unseal(key, value) or b"", db=events)
             row.drop(oona.store.table("clock"), delete=False)
             row.put(b"schema_version", b"1", db=oona.store.table("meta"))
 
@@ -256,6 +261,7 @@ def test_a_store_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> No
         oona.clocks.now_s -= YEAR_S
         oona.reopen()
         assert oona.topic() == expected
+        assert [step.WhichOneof("event") for step in Checker(oona.store)] == ["summary"]
         await oona.publish(1)
         assert oona.times_s()[:3] == times_s
         assert oona.times_s()[3] >= times_s[2]

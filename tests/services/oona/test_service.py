@@ -9,7 +9,7 @@ from typing import cast
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from esper.oona.v1 import event_pb2
-from esper.services.oona import service
+from esper.services.oona.contents import SCHEMA
 from esper.services.oona.groups import Groups
 from esper.services.oona.log import EventLog
 from esper.services.oona.service import MAX_UNACKNOWLEDGED
@@ -29,7 +29,7 @@ def test_a_stream_is_read_no_further_than_the_disk_has_come(tmp_path: Path) -> N
             yield event_pb2.PublishRequest(topic="a", body=AnyMessage(type_url="t/x"))
 
     async def work() -> None:
-        store = Store(tmp_path, service.SCHEMA)
+        store = Store(tmp_path, SCHEMA)
         log = EventLog(store)
         servicer = EventServicer(log, Groups(store, log.followers), asyncio.Event())
         disk = threading.Event()

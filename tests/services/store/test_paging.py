@@ -60,7 +60,7 @@ def test_what_stays_is_listed_once_whatever_others_write(
         with store.reading() as row:
             page, following = read_page(row, store.table("things"), b"p", start, size)
         assert len(page) <= size
-        seen += [digest_pb2.Digest.FromString(value).hash.encode() for value in page]
+        seen += [digest_pb2.Digest.FromString(value).hash.encode() for _, value in page]
         if following is None:
             break
         assert len(page) == size

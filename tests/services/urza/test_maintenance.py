@@ -11,6 +11,7 @@ import pytest
 
 from esper import blueprints
 from esper.common.v1 import blueprint_pb2
+from esper.common.v1 import check_pb2
 from esper.common.v1 import digest_pb2
 from esper.common.v1 import kernel_pb2
 from esper.services.serving.errors import ServiceError
@@ -23,7 +24,6 @@ from esper.services.urza.resources import digest_of_blueprint
 from esper.services.urza.resources import digest_of_kernel
 from esper.urza.v1 import library_pb2
 from esper.urza.v1 import run_pb2
-from esper.urza.v1 import store_pb2
 
 LARGE = 100_000
 
@@ -82,12 +82,12 @@ def plant(contents: Contents, weights: digest_pb2.Digest | None, rank: int = 2) 
     return contents.library.create_kernel(request, digest_of_kernel(kernel)).result(10).kernel.name
 
 
-def findings(contents: Contents, *, quarantine: bool = False) -> list[store_pb2.Finding]:
+def findings(contents: Contents, *, quarantine: bool = False) -> list[check_pb2.Finding]:
     steps = list(Checker(contents, quarantine=quarantine))
     found = [step.finding for step in steps if step.HasField("finding")]
     summary = steps[-1].summary
     assert summary.structure_checked
-    orphans = sum(f.kind == store_pb2.FINDING_KIND_ORPHAN for f in found)
+    orphans = sum(f.kind == check_pb2.FINDING_KIND_ORPHAN for f in found)
     assert (summary.num_problems, summary.num_orphans) == (len(found) - orphans, orphans)
     return found
 
@@ -153,7 +153,7 @@ def test_interrupted_uploads_and_orphans_go(contents: Contents) -> None:
     orphan = contents.blobs.path_of(name)
     orphan.parent.mkdir(exist_ok=True)
     orphan.write_bytes(b"orphan")
-    assert [(f.kind, f.name) for f in findings(contents)] == [(store_pb2.FINDING_KIND_ORPHAN, name)]
+    assert [(f.kind, f.name) for f in findings(contents)] == [(check_pb2.FINDING_KIND_ORPHAN, name)]
     outcome = collect(contents.store, contents.blobs, 0)
     assert (outcome.num_orphans, outcome.num_uploads) == (1, 1)
     assert not orphan.exists()
@@ -202,7 +202,7 @@ def test_collections_beside_writers_lose_nothing_that_is_acknowledged(contents: 
     for name, data in planted:
         assert contents.library.get_kernel(name).kernel.weights == digest_of(data)
         assert read(contents, digest_of(data)) == data
-    assert [f for f in findings(contents) if f.kind != store_pb2.FINDING_KIND_ORPHAN] == []
+    assert [f for f in findings(contents) if f.kind != check_pb2.FINDING_KIND_ORPHAN] == []
 
 
 # ------------------------------------------------------------ quota
@@ -254,7 +254,7 @@ def test_a_damaged_blob_is_found_quarantined_and_healed(contents: Contents, size
         table = contents.store.table("blobs")
         contents.store.submit(lambda row: row.put(key, b"\0" + bytes(size), db=table)).result(10)
     (finding,) = findings(contents)
-    assert finding.kind == store_pb2.FINDING_KIND_DAMAGED
+    assert finding.kind == check_pb2.FINDING_KIND_DAMAGED
     assert digest.hash in finding.name
     assert not finding.quarantined
     assert contents.blobs.contains(digest)  # only told, nothing changed
@@ -277,11 +277,11 @@ def test_a_kernel_without_its_blob_is_dangling(contents: Contents) -> None:
     name = plant(contents, digest)
     contents.blobs.path_of(digest.hash).unlink()
     assert [f.kind for f in findings(contents, quarantine=True)] == [
-        store_pb2.FINDING_KIND_DAMAGED,
-        store_pb2.FINDING_KIND_DANGLING,
+        check_pb2.FINDING_KIND_DAMAGED,
+        check_pb2.FINDING_KIND_DANGLING,
     ]
     assert [(f.kind, f.name) for f in findings(contents)] == [
-        (store_pb2.FINDING_KIND_DANGLING, name)
+        (check_pb2.FINDING_KIND_DANGLING, name)
     ]
 
 
@@ -304,9 +304,9 @@ def test_a_damaged_record_is_found(contents: Contents, table: str, how: str) -> 
             row.put(bytes(32), value, db=handle)  # type: ignore[attr-defined]
 
     contents.store.submit(work).result(10)
-    assert store_pb2.FINDING_KIND_DAMAGED in {finding.kind for finding in findings(contents)}
+    assert check_pb2.FINDING_KIND_DAMAGED in {finding.kind for finding in findings(contents)}
     found = findings(contents, quarantine=True)
-    damaged = next(f for f in found if f.kind == store_pb2.FINDING_KIND_DAMAGED)
+    damaged = next(f for f in found if f.kind == check_pb2.FINDING_KIND_DAMAGED)
     assert damaged.quarantined
     get = contents.library.get_kernel if table == "kernels" else contents.library.get_blueprint
     with pytest.raises(ServiceError) as caught:
@@ -343,6 +343,6 @@ def test_a_broken_history_is_found(contents: Contents) -> None:
 
     held.store.submit(work).result(10)
     (finding,) = findings(held)
-    assert (finding.name, finding.kind) == ("runs/r", store_pb2.FINDING_KIND_DAMAGED)
+    assert (finding.name, finding.kind) == ("runs/r", check_pb2.FINDING_KIND_DAMAGED)
     assert "event 2" in finding.detail
     held.store.close()

@@ -8,6 +8,7 @@ from urza_samples import new_kernel
 from esper import blueprints
 from esper.services.store.engine import Store
 from esper.services.store.opening import Row
+from esper.services.store.seals import unseal
 from esper.services.urza.blobs import BlobStore
 from esper.services.urza.contents import SCHEMA
 from esper.services.urza.library import Library
@@ -58,6 +59,9 @@ def make_old(store: Store) -> None:
             record.ClearField("num_gains")
             row.put(key, record.SerializeToString(), db=store.table("kernels"))
             row.put(b"reports" + key, (3).to_bytes(8, "big"), db=store.table("counters"))
+        reports = store.table("reports")
+        for key, value in list(row.cursor(db=reports)):
+            row.put(key, unseal(key, value) or b"", db=reports)
         row.put(b"schema_version", b"1", db=store.table("meta"))
 
     store.submit(work).result(10)
@@ -90,6 +94,8 @@ def test_indexes_lineage_and_gains_are_drawn_up(tmp_path: Path) -> None:
         assert library.lineage(name, 2) == family
         assert library.list_blueprints(pb.ListBlueprintsRequest()) == tagged
         assert library.get_kernel(name).mean_gain == 0.75
+        reports = library.list_field_reports(pb.ListFieldReportsRequest(kernel=name)).reports
+        assert [report.gain for report in reports] == [0.5, 0.0, 1.0]
         assert library.revision() == revision
         assert library.changes.read(revision + 1) == []
         report = pb.FieldReport(kernel=name, run="r", verdict=pb.FIELD_VERDICT_CULLED)
