@@ -72,7 +72,7 @@ typecheck: setup
 
 # A hundred times kill -9 of trainer, plane or both: every run must end as if nothing had happened.
 chaos-train: setup
-	$(QUIET_THREADS) $(BIN)/python benchmarks/chaos/run.py --kills 100 --epochs 6 --kills-per-run 12
+	$(QUIET_THREADS) $(BIN)/python benchmarks/chaos/run.py --kills 100 --epochs 16 --kills-per-run 12
 
 bench: setup
 	mkdir -p runs

@@ -30,8 +30,9 @@ from esper.plane.launch import server_environment
 TRAINER = Path(__file__).with_name("trainer.py")
 TARGETS = ("trainer", "plane", "both")
 RUN_TIMEOUT_S = 600.0
-LIFE_S = 8.0
-"""Longest time between two kills, while the run makes progress between them; longer where not."""
+LIFE_SHARE = 0.5
+"""Longest time between two kills, over the time that the reference takes from start to end. It grows
+while the run makes no progress between kills."""
 
 
 class Arena:
@@ -123,9 +124,15 @@ def _environment() -> dict[str, str]:
 
 
 def _one_run(
-    epochs: int, kills: int, draw: random.Random
+    epochs: int, kills: int, draw: random.Random, life_s: float = 0.0
 ) -> tuple[str, tuple[bool, int], Counter[str], float]:
     """Makes one run with up to so many kills.
+
+    Args:
+        epochs: Length of the run.
+        kills: Most kills.
+        draw: Draws when to kill what.
+        life_s: Longest time between two kills, in seconds.
 
     Returns:
         The trainer's last word, what Urza holds, the kills made by target, and the seconds taken.
@@ -137,10 +144,10 @@ def _one_run(
     try:
         arena.start_plane()
         arena.start_trainer()
-        word, life_s, reached = None, LIFE_S, ""
+        word, longest_s, reached = None, life_s, ""
         while word is None:
             left = kills - made.total()
-            word = arena.ended(draw.uniform(0.0, life_s) if left > 0 else RUN_TIMEOUT_S)
+            word = arena.ended(draw.uniform(0.0, longest_s) if left > 0 else RUN_TIMEOUT_S)
             if word is None and left == 0:
                 raise RuntimeError(f"the run did not end within {RUN_TIMEOUT_S:g} s")
             if word is None:
@@ -149,7 +156,7 @@ def _one_run(
                 made[target] += 1
                 # Starting takes a while, on a busy machine longer: some steps must fit in a life.
                 before, reached = reached, arena.last_checkpoint()
-                life_s = LIFE_S if reached != before else 1.25 * life_s
+                longest_s = life_s if reached != before else 1.25 * longest_s
         return word, arena.history(), made, time.monotonic() - started_s
     finally:
         arena.close()
@@ -174,7 +181,7 @@ def main(kills: int, kills_per_run: int, epochs: int, seed: int, out: Path | Non
     runs: list[dict[str, object]] = []
     while total.total() < kills:
         wanted = min(kills_per_run, kills - total.total())
-        word, found, made, took_s = _one_run(epochs, wanted, draw)
+        word, found, made, took_s = _one_run(epochs, wanted, draw, LIFE_SHARE * reference_s)
         total += made
         equal = word == reference and found == history
         runs.append({"kills": dict(made), "equal": equal, "seconds": round(took_s, 1)})
