@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,17 +58,22 @@ def start_server(short_dir: Path) -> Iterator[Callable[..., ServerProcess]]:
     started: list[subprocess.Popen[str]] = []
 
     def start(
-        *names: str, listen: str | None = None, data: Path | None = None, **options: bool
+        *names: str,
+        listen: str | None = None,
+        data: Path | None = None,
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        **options: object,
     ) -> ServerProcess:
         data = data or short_dir / "data"
         listen = listen or f"unix:{short_dir}/plane.sock"
         log = short_dir / f"log-{len(started)}"
         with log.open("w") as stderr:
             process = subprocess.Popen(
-                server_command(names or ("urza", "oona"), listen, data, **options),
+                [*prefix, *server_command(names or ("urza", "oona"), listen, data, **options)],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env=server_environment(),
+                env=server_environment() | (environment or {}),
                 text=True,
             )
         started.append(process)

@@ -48,10 +48,10 @@ SHORT_RETENTION_BYTES = 4 << 10
 RATIONS = {
     "_write_blobs": 80,
     "_write_large_blobs": 20,
-    "_plant": 20,
-    "_report": 40,
-    "_append_to_a_run": 40,
-    "_publish": 100,
+    "_plant": 10,
+    "_report": 20,
+    "_append_to_a_run": 20,
+    "_publish": 60,
     "_publish_short": 40,
 }
 """How often each worker may go round in a cycle; the others are not held back."""

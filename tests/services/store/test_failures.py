@@ -1,0 +1,388 @@
+"""What a real server does when its disk is full or lies, its lock is stale or its clock jumps."""
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from click.testing import CliRunner
+from google.protobuf.wrappers_pb2 import BytesValue
+from google.protobuf.wrappers_pb2 import Int64Value
+from urza_samples import new_kernel
+
+from esper import blueprints
+from esper.cli.main import cli
+from esper.common.rpc import RpcError
+from esper.common.v1 import digest_pb2
+from esper.oona.client import OonaClient
+from esper.oona.v1 import event_pb2
+from esper.plane import Plane
+from esper.plane import connect
+from esper.plane.launch import server_command
+from esper.plane.launch import server_environment
+from esper.urza.admin import StoreAdmin
+from esper.urza.client import UrzaClient
+from esper.urza.transfer import digest_of
+from esper.urza.v1 import blob_pb2
+from esper.urza.v1 import blob_pb2_grpc
+from esper.urza.v1 import library_pb2
+
+Start = Callable[..., object]
+
+DISK_BYTES = 24 << 20
+BALLAST = "ballast"
+BALLAST_BYTES = 2 << 20
+CONNECT_S = 60
+DAY_S = 24 * 3600.0
+PATIENCE_S = 120.0
+
+
+def check(*place: str, status: int = 0) -> str:
+    """Runs `esper urza check` and returns what it says."""
+    run = CliRunner().invoke(cli, ["urza", "check", *place])
+    assert run.exit_code == status, (run.exit_code, run.output, run.exception)
+    return run.output
+
+
+def refusal(call: Callable[[], object]) -> RpcError:
+    with pytest.raises(RpcError) as caught:
+        call()
+    return caught.value
+
+
+def refused_start(data: Path, *names: str) -> str:
+    """Starts a server that must not start, and returns the line that it says why in."""
+    run = subprocess.run(
+        server_command(names, f"unix:{data.parent}/refused.sock", data),
+        capture_output=True,
+        text=True,
+        env=server_environment(),
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (1, "")
+    return run.stderr.splitlines()[-1]
+
+
+def eventually(done: Callable[[], bool]) -> bool:
+    """Returns whether something comes true within generous time."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not done():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+# ------------------------------------------------------------ a full disk
+
+
+def small_disk(folder: Path) -> list[str] | None:
+    """Returns how to start a process whose `folder` is a small file system; None if impossible."""
+    place = shlex.quote(str(folder))
+    mount = f"mount -t tmpfs -o size={DISK_BYTES} tmpfs {place} && "
+    mount += f"head -c {BALLAST_BYTES} /dev/zero > {place}/{BALLAST}"
+    for namespace in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
+        command = [*namespace, "sh", "-c", f'{mount} && exec "$@"', "sh"]
+        try:
+            if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
+                return command
+        except FileNotFoundError:
+            return None
+    return None
+
+
+def small_files(folder: Path) -> list[str]:
+    """Returns how to start a process that can write no file larger than 4 MiB."""
+    return ["bash", "-c", 'ulimit -f 4096 && exec "$@"', "bash"]
+
+
+def publish_until_refused(oona: OonaClient) -> tuple[list[int], RpcError]:
+    body = BytesValue(value=os.urandom(60_000))
+    offsets: list[int] = []
+    while len(offsets) * 60_000 < 4 * DISK_BYTES:
+        try:
+            offsets.append(oona.publish("t", body))
+        except RpcError as error:
+            return offsets, error
+    raise AssertionError("nothing was refused")
+
+
+def write_until_refused(urza: UrzaClient) -> tuple[dict[str, bytes], RpcError]:
+    stored: dict[str, bytes] = {}
+    while len(stored) * 300_000 < 4 * DISK_BYTES:
+        data = os.urandom(40_000 if len(stored) % 2 else 300_000)
+        try:
+            stored[urza.write_blob(data).hash] = data
+        except RpcError as error:
+            return stored, error
+    raise AssertionError("nothing was refused")
+
+
+def all_there(plane: Plane, blobs: dict[str, bytes], offsets: list[int]) -> bool:
+    digests = [digest_pb2.Digest(hash=name, size_bytes=len(data)) for name, data in blobs.items()]
+    read = [plane.urza.read_blob(digest) for digest in digests]
+    with plane.oona.subscribe("t", 0) as events:
+        seen = [next(events).offset for _ in offsets]
+    return read == list(blobs.values()) and seen == offsets
+
+
+@pytest.mark.parametrize("kind", [small_disk, small_files])
+def test_a_full_disk_refuses_writes_and_nothing_else(
+    start_server: Start, short_dir: Path, kind: Callable[[Path], list[str] | None]
+) -> None:
+    """Nothing is kept free here, so it is the disk itself that refuses."""
+    data = short_dir / "data"
+    data.mkdir()
+    prefix = kind(data)
+    if prefix is None:
+        pytest.skip("this user can mount no file system, not even in a namespace of its own")
+    server = start_server(prefix=prefix, data=data, limits={"keep_free_bytes": 0})
+    with connect(server.address, timeout_s=CONNECT_S) as plane:
+        blobs, first = write_until_refused(plane.urza)
+        offsets, second = publish_until_refused(plane.oona)
+        for error in (first, second):
+            assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert error.reason == "DISK_FULL"
+        assert blobs
+        assert all_there(plane, blobs, offsets)
+        assert " 0 problems" in check("--address", server.address)
+        if kind is small_disk:  # the operator makes some room; in the server's view of the disk
+            ballast = Path(f"/proc/{server.process.pid}/root{data}/{BALLAST}")
+            ballast.unlink()
+        collected = StoreAdmin(plane.channel("urza")).collect_garbage(0)
+        assert collected.num_blobs == len(blobs)
+        again = plane.urza.write_blob(b"there is room again")
+        assert plane.urza.read_blob(again) == b"there is room again"
+        if kind is small_disk:
+            offsets.append(plane.oona.publish("t", BytesValue(value=b"more")))
+        assert all_there(plane, {}, offsets)
+    if kind is small_files:
+        server.stop(signal.SIGKILL)
+        server = start_server(data=data)
+        with connect(server.address, timeout_s=CONNECT_S) as plane:
+            assert all_there(plane, {again.hash: b"there is room again"}, offsets)
+            plane.oona.publish("t", BytesValue(value=b"more"))
+            assert " 0 problems" in check("--address", server.address)
+
+
+# ------------------------------------------------------------ a disk that lies
+
+
+def flip_in_file(path: Path, content: bytes) -> None:
+    """Changes one bit of every place of a file where `content` stands."""
+    held = path.read_bytes()
+    assert content in held
+    path.write_bytes(held.replace(content, bytes([content[0] ^ 1]) + content[1:]))
+
+
+def rows_of(data: Path, service: str) -> Path:
+    return data / service / "rows" / "data.mdb"
+
+
+def test_an_event_that_the_disk_has_changed_is_found_and_gone_round(start_server: Start) -> None:
+    server = start_server()
+    values = [os.urandom(32) for _ in range(5)]
+    with connect(server.address, timeout_s=CONNECT_S) as plane:
+        for value in values:
+            plane.oona.publish("t", BytesValue(value=value))
+    server.stop()
+    flip_in_file(rows_of(server.data, "oona"), values[2])
+    server = start_server()
+    place = ("--address", server.address)
+    name = "topics/t/events/2"
+    with connect(server.address, timeout_s=CONNECT_S) as plane:
+        for status in (1, 0):  # before the check has put it aside, and after
+            with plane.oona.subscribe("t", 0) as events:
+                assert [next(events).offset for _ in range(2)] == [0, 1]
+                error = refusal(lambda e=events: next(e))
+            assert (error.code, error.reason) == (grpc.StatusCode.DATA_LOSS, "CORRUPT_AT_REST")
+            with plane.oona.subscribe("t", int(error.metadata["next_offset"])) as events:
+                assert [next(events).offset for _ in range(2)] == [3, 4]
+            found = check("--quarantine", *place, status=status)
+            told = f"damaged: {name}: its bytes are not those that were stored (moved" in found
+            assert told is (status == 1)
+        with plane.oona.subscribe_group("t", "g", 0) as given:
+            got = [next(given) for _ in range(5)]
+        assert sorted(r.event.offset for r in got if r.HasField("event")) == [0, 1, 3, 4]
+        assert [(r.gap.first_offset, r.gap.next_offset) for r in got if r.HasField("gap")] == [
+            (2, 3)
+        ]
+        assert plane.oona.publish("t", BytesValue(value=b"next")) == 5
+        assert plane.urza.write_blob(b"the rest is served")
+
+
+def test_a_record_and_a_report_that_the_disk_has_changed_are_found(start_server: Start) -> None:
+    server = start_server("urza")
+    with connect(server.address, timeout_s=CONNECT_S) as plane:
+        plane.urza.create_blueprint(blueprints.get("affine"))
+        damaged = plane.urza.create_kernel(new_kernel("affine"), tags=["zebra-stripes"]).name
+        kept = plane.urza.create_kernel(new_kernel("affine")).name
+        for reason in ("it grew well", "it paid its price"):
+            plane.urza.record_field_report(
+                library_pb2.FieldReport(
+                    kernel=kept,
+                    run="r",
+                    reason=reason,
+                    verdict=library_pb2.FIELD_VERDICT_CULLED,
+                )
+            )
+    server.stop()
+    rows = rows_of(server.data, "urza")
+    # In the record, in the index and in the log of changes.
+    flip_in_file(rows, b"zebra-stripes")
+    flip_in_file(rows, b"it paid its price")
+    server = start_server("urza")
+    with connect(server.address, timeout_s=CONNECT_S) as plane:
+        found = check("--quarantine", "--address", server.address, status=1)
+        assert f"damaged: {damaged}: its record is not what was stored (moved" in found
+        assert f"damaged: {kept}/reports/1: its record is not what was stored (moved" in found
+        assert refusal(lambda: plane.urza.get_kernel(damaged)).code is grpc.StatusCode.DATA_LOSS
+        assert plane.urza.get_kernel(kept).name == kept
+        assert [r.reason for r in plane.urza.list_field_reports(kept)] == ["it grew well"]
+        report = library_pb2.FieldReport(
+            kernel=kept, run="r", verdict=library_pb2.FIELD_VERDICT_CULLED
+        )
+        assert plane.urza.record_field_report(report).name == f"{kept}/reports/2"
+
+
+@pytest.mark.parametrize(("broken", "whole"), [("urza", "oona"), ("oona", "urza")])
+@pytest.mark.parametrize("left", [0, 8192])
+def test_truncated_rows_are_named_and_the_other_store_is_served(
+    start_server: Start, broken: str, whole: str, left: int
+) -> None:
+    server = start_server()
+    with connect(server.address, timeout_s=CONNECT_S) as plane:
+        digest = plane.urza.write_blob(b"spark")
+        plane.oona.publish("t", digest)
+    server.stop(signal.SIGKILL)
+    rows = rows_of(server.data, broken)
+    os.truncate(rows, left)
+    said = refused_start(server.data, "urza", "oona")
+    assert str(rows) in said
+    assert ("is truncated" if left else "has lost its rows") in said
+    assert "restore it from a backup" in said
+    assert str(rows) in check("--data", str(server.data), status=1)
+    with connect(start_server(whole).address, timeout_s=CONNECT_S) as plane:
+        if whole == "urza":
+            assert plane.urza.read_blob(digest) == b"spark"
+        else:
+            assert plane.oona.list_topics()[0].next_offset == 1
+
+
+# ------------------------------------------------------------ a stale lock
+
+
+@pytest.mark.parametrize("content", [None, b"", b"1\n", b"no number", bytes(4096)])
+def test_what_a_dead_server_has_left_locks_nothing(
+    start_server: Start, short_dir: Path, content: bytes | None
+) -> None:
+    """Whatever stands in the files of locks, ours and LMDB's; process 1 runs, and holds none."""
+    server = start_server()
+    with connect(server.address, timeout_s=CONNECT_S) as plane:
+        digest = plane.urza.write_blob(b"spark")
+    server.stop(signal.SIGKILL)
+    for service in ("urza", "oona"):
+        if content is not None:
+            (server.data / service / "lock").write_bytes(content)
+            (server.data / service / "rows" / "lock.mdb").write_bytes(content)
+    server = start_server()
+    with connect(server.address, timeout_s=CONNECT_S) as plane:
+        assert plane.urza.read_blob(digest) == b"spark"
+    said = refused_start(server.data, "oona")
+    assert said == (
+        f"esper: {server.data}/oona is in use by another server (process {server.process.pid})"
+    )
+
+
+# ------------------------------------------------------------ a clock that jumps
+
+
+class Clock:
+    """The time of day of a server: that of the machine and an offset."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "offset"
+        self.set(0)
+        shim = folder / "clock.so"
+        source = Path(__file__).with_name("clock.c")
+        command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(shim), str(source), "-ldl"]
+        subprocess.run(command, check=True)
+        self.environment = {"LD_PRELOAD": str(shim), "CLOCK_OFFSET_FILE": str(self._file)}
+
+    def set(self, offset_s: float) -> None:
+        """Sets the clock to so many seconds from now, at once."""
+        mode = "r+b" if self._file.exists() else "wb"
+        with self._file.open(mode) as file:
+            file.write(int(offset_s * 1e9).to_bytes(8, "little", signed=True))
+
+
+@pytest.fixture
+def clock(short_dir: Path) -> Iterator[Clock]:
+    yield Clock(short_dir)
+
+
+def publish(oona: OonaClient, number: int) -> int:
+    return oona.publish("t", Int64Value(value=number), request_id=f"event-{number}")
+
+
+def kept(oona: OonaClient, number: int) -> list[event_pb2.Event]:
+    with oona.subscribe("t", 0) as events:
+        return [next(events) for _ in range(number)]
+
+
+@pytest.mark.parametrize("jump_s", [-400 * DAY_S, 400 * DAY_S])
+def test_a_clock_that_jumps_loses_nothing_and_delays_nothing(
+    start_server: Start, clock: Clock, jump_s: float
+) -> None:
+    server = start_server(environment=clock.environment)
+    blob = os.urandom(300_000)
+    digest = digest_of(blob)
+    with connect(server.address, timeout_s=CONNECT_S) as plane:
+        uploads = blob_pb2_grpc.BlobServiceStub(plane.channel("urza"))
+        stored = plane.urza.write_blob(b"leased")
+        first = blob_pb2.WriteBlobRequest(digest=digest, data=blob[:100_000])
+        assert uploads.WriteBlob(iter([first]), timeout=CONNECT_S).committed_size == 100_000
+        plane.oona.set_retention("t", max_age_s=3600)
+        assert [publish(plane.oona, n) for n in range(5)] == list(range(5))
+        with plane.oona.subscribe_group("t", "g", 0, 0.5, max_in_flight=5) as given:
+            assert [next(given).event.offset for _ in range(5)] == list(range(5))
+            clock.set(jump_s)
+            # Visible again after what has really passed, neither at once nor never.
+            again = [next(given) for _ in range(5)]
+            assert sorted(r.event.offset for r in again) == list(range(5))
+            assert {r.delivery_count for r in again} == {2}
+        # A known request is known, order and times go on, retention by age drops nothing.
+        assert [publish(plane.oona, n) for n in range(5)] == list(range(5))
+        assert publish(plane.oona, 5) == 5
+        times_ns = [event.publish_time.ToNanoseconds() for event in kept(plane.oona, 6)]
+        assert times_ns == sorted(times_ns)
+        assert times_ns[-1] - times_ns[0] < DAY_S * 1e9
+        # A lease goes on; what is to go at once goes.
+        admin = StoreAdmin(plane.channel("urza"))
+        assert admin.collect_garbage().num_blobs == 0
+        assert plane.urza.read_blob(stored) == b"leased"
+        # The upload goes on.
+        state = uploads.QueryWrite(blob_pb2.QueryWriteRequest(digest=digest), timeout=CONNECT_S)
+        assert state.committed_size == 100_000
+        assert plane.urza.write_blob(blob) == digest
+        assert admin.collect_garbage(0).num_blobs == 2
+        revision = plane.urza.create_blueprint(blueprints.get("affine")).revision
+        with plane.urza.watch(revision) as changes:
+            assert next(c.revision for c in changes if c.HasField("blueprint")) == revision
+    server.stop(signal.SIGKILL)
+    clock.set(0)  # and back, while it does not run
+    server = start_server(environment=clock.environment)
+    with connect(server.address, timeout_s=CONNECT_S) as plane:
+        assert [publish(plane.oona, n) for n in range(6)] == list(range(6))
+        assert publish(plane.oona, 6) == 6
+        times_ns = [event.publish_time.ToNanoseconds() for event in kept(plane.oona, 7)]
+        assert times_ns == sorted(times_ns)
+    server.stop()
+    assert " 0 problems" in check("--data", str(server.data))
