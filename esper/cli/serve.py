@@ -60,6 +60,11 @@ SERVICES = ("all", "urza", "tezzeret", "tamiyo", "oona")
     type=click.IntRange(min=0),
     help="Room on the disk below which writes are refused. Default: 64 MiB.",
 )
+@click.option(
+    "--max-calls",
+    type=click.IntRange(min=1),
+    help="Calls under way at a time, streams included; more are refused. Default: 1024.",
+)
 def command(
     services: tuple[str, ...],
     listen: str | None,

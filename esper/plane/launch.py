@@ -33,7 +33,8 @@ def server_command(
         log_json: Log lines as JSON.
         metrics: `HOST:PORT` on which Prometheus finds `/metrics`; None serves none.
         limits: How much each store may take, in bytes: `max_blob_bytes`, `max_row_bytes`,
-            `keep_free_bytes`; the server's own defaults for what is not named.
+            `keep_free_bytes`; and `max_calls` at a time. The server's own defaults for what is not
+            named.
     """
     # -P: a file of the user's working directory must not stand in for a module of the server.
     command = [sys.executable, "-P", "-m", MODULE, *services]

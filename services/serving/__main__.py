@@ -11,6 +11,7 @@ from esper.plane.address import default_data_dir
 from esper.plane.address import parse_address
 from esper.services.serving import logs
 from esper.services.serving.context import StartupError
+from esper.services.serving.limits import ServerLimits
 from esper.services.serving.shell import ServerConfig
 from esper.services.serving.shell import select
 from esper.services.serving.shell import serve_process
@@ -38,6 +39,10 @@ def parse(arguments: Sequence[str]) -> tuple[ServerConfig, bool]:
     parser.add_argument("--max-blob-bytes", type=int, default=limits.max_blob_bytes)
     parser.add_argument("--max-row-bytes", type=int, default=limits.max_row_bytes)
     parser.add_argument("--keep-free-bytes", type=int, default=limits.keep_free_bytes)
+    calls = ServerLimits().max_concurrent_rpcs
+    parser.add_argument(
+        "--max-calls", type=int, default=calls, help="at a time, default %(default)s"
+    )
     options = parser.parse_args(arguments)
     try:
         address = parse_address(options.listen)
@@ -51,6 +56,7 @@ def parse(arguments: Sequence[str]) -> tuple[ServerConfig, bool]:
         urza=urza,
         insecure=options.insecure,
         scratch=options.exit_with_parent,
+        limits=ServerLimits(max_concurrent_rpcs=options.max_calls),
         metrics=options.metrics,
         store_limits=StoreLimits(
             max_row_bytes=options.max_row_bytes,

@@ -74,7 +74,8 @@ class Store:
         directory: Claimed for this process alone.
         schema: Tables and version of the rows.
         limits: How much it may take.
-        initial_map_bytes: Size of the memory map; doubled whenever it is full.
+        initial_map_bytes: Size of the memory map, as far as the limits allow; doubled whenever it
+            is full.
 
     Raises:
         DirectoryError: Where the directory cannot be used, is damaged, or was written by another
@@ -92,7 +93,8 @@ class Store:
         self.limits = limits or StoreLimits()
         self._claim = DirectoryClaim(directory)
         try:
-            self._environment, self._tables = open_rows(directory, schema, initial_map_bytes)
+            map_bytes = min(initial_map_bytes, self.limits.max_row_bytes)
+            self._environment, self._tables = open_rows(directory, schema, map_bytes)
             self.scratch = scratch_folder(directory)
             """Folder for temporary files, emptied when the store is opened."""
         except BaseException:

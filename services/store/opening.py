@@ -133,7 +133,9 @@ def _migrate(
                     f"{directory} was written with schema version {version} and this release "
                     f"reads version {schema.version}"
                 )
-            row.put(SCHEMA_KEY, str(version).encode(), db=meta)
+            written = str(version).encode()
+            if found != written:  # a store on a full disk must open, to be read
+                row.put(SCHEMA_KEY, written, db=meta)
     except lmdb.MapFullError:
         return False
     return True

@@ -10,7 +10,9 @@ import hashlib
 import hmac
 import secrets
 
+from esper.services.serving.errors import ServiceError
 from esper.services.serving.errors import invalid
+from esper.services.store.claim import DirectoryError
 from esper.services.store.engine import Store
 from esper.services.store.opening import Database
 from esper.services.store.opening import Row
@@ -31,19 +33,29 @@ class PageTokens:
 
     Args:
         store: Keeps the secret, which is made here where it is missing.
+
+    Raises:
+        DirectoryError: Where it cannot be made.
     """
 
     def __init__(self, store: Store) -> None:
         table = store.table("meta")
-
-        def find(row: Row) -> bytes:
+        with store.reading() as row:
             secret = row.get(_SECRET_KEY, db=table)
-            if secret is None:
-                secret = secrets.token_bytes(_SECRET_BYTES)
-                row.put(_SECRET_KEY, secret, db=table)
-            return secret
+        if secret is None:
 
-        self._secret = store.submit(find).result()
+            def make(row: Row) -> bytes:
+                made = row.get(_SECRET_KEY, db=table) or secrets.token_bytes(_SECRET_BYTES)
+                row.put(_SECRET_KEY, made, db=table)
+                return made
+
+            try:
+                secret = store.submit(make).result()
+            except ServiceError as error:
+                raise DirectoryError(
+                    f"cannot make a store in {store.directory}: {error.message}"
+                ) from error
+        self._secret = secret
 
     def encode(self, scope: str, position: bytes) -> str:
         """Returns the opaque token of the page that begins at `position`.

@@ -4,9 +4,11 @@ import os
 import shlex
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -36,7 +38,6 @@ from esper.urza.v1 import library_pb2
 Start = Callable[..., object]
 
 DISK_BYTES = 24 << 20
-BALLAST = "ballast"
 BALLAST_BYTES = 2 << 20
 CONNECT_S = 60
 DAY_S = 24 * 3600.0
@@ -70,37 +71,54 @@ def refused_start(data: Path, *names: str) -> str:
     return run.stderr.splitlines()[-1]
 
 
-def eventually(done: Callable[[], bool]) -> bool:
-    """Returns whether something comes true within generous time."""
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not done():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 # ------------------------------------------------------------ a full disk
 
 
-def small_disk(folder: Path) -> list[str] | None:
-    """Returns how to start a process whose `folder` is a small file system; None if impossible."""
+@dataclass
+class Narrow:
+    """A place with little room.
+
+    Attributes:
+        prefix: How to start a process there.
+        relieve: Makes some room, where that can be done from outside.
+    """
+
+    prefix: list[str]
+    relieve: Callable[[], None] | None
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Narrow]:
+    """A file system of its own on `folder`, in a namespace that other processes may enter."""
     place = shlex.quote(str(folder))
-    mount = f"mount -t tmpfs -o size={DISK_BYTES} tmpfs {place} && "
-    mount += f"head -c {BALLAST_BYTES} /dev/zero > {place}/{BALLAST}"
-    for namespace in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
-        command = [*namespace, "sh", "-c", f'{mount} && exec "$@"', "sh"]
-        try:
-            if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
-                return command
-        except FileNotFoundError:
-            return None
-    return None
+    work = f"mount -t tmpfs -o size={DISK_BYTES} tmpfs {place} && echo there && exec cat"
+    for user, enter in (
+        ([], []),
+        (["--user", "--map-root-user"], ["--user", "--preserve-credentials"]),
+    ):
+        holder = subprocess.Popen(
+            ["unshare", "--mount", *user, "sh", "-c", work],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        with holder:
+            assert holder.stdout is not None
+            if holder.stdout.readline() == b"there\n":
+                ballast = Path(f"/proc/{holder.pid}/root{folder}/ballast")
+                ballast.write_bytes(bytes(BALLAST_BYTES))
+                inside = ["nsenter", "--target", str(holder.pid), "--mount", *enter]
+                yield Narrow(inside, ballast.unlink)
+                holder.kill()
+                return
+            holder.kill()
+    pytest.skip("this user can mount no file system, not even in a namespace of its own")
 
 
-def small_files(folder: Path) -> list[str]:
-    """Returns how to start a process that can write no file larger than 4 MiB."""
-    return ["bash", "-c", 'ulimit -f 4096 && exec "$@"', "bash"]
+@contextmanager
+def small_files(folder: Path) -> Iterator[Narrow]:
+    """No file may be larger than 4 MiB."""
+    yield Narrow(["bash", "-c", 'ulimit -f 4096 && exec "$@"', "bash"], None)
 
 
 def publish_until_refused(oona: OonaClient) -> tuple[list[int], RpcError]:
@@ -135,41 +153,41 @@ def all_there(plane: Plane, blobs: dict[str, bytes], offsets: list[int]) -> bool
 
 @pytest.mark.parametrize("kind", [small_disk, small_files])
 def test_a_full_disk_refuses_writes_and_nothing_else(
-    start_server: Start, short_dir: Path, kind: Callable[[Path], list[str] | None]
+    start_server: Start, short_dir: Path, kind: Callable[[Path], AbstractContextManager[Narrow]]
 ) -> None:
     """Nothing is kept free here, so it is the disk itself that refuses."""
     data = short_dir / "data"
     data.mkdir()
-    prefix = kind(data)
-    if prefix is None:
-        pytest.skip("this user can mount no file system, not even in a namespace of its own")
-    server = start_server(prefix=prefix, data=data, limits={"keep_free_bytes": 0})
-    with connect(server.address, timeout_s=CONNECT_S) as plane:
-        blobs, first = write_until_refused(plane.urza)
-        offsets, second = publish_until_refused(plane.oona)
-        for error in (first, second):
-            assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert error.reason == "DISK_FULL"
-        assert blobs
-        assert all_there(plane, blobs, offsets)
-        assert " 0 problems" in check("--address", server.address)
-        if kind is small_disk:  # the operator makes some room; in the server's view of the disk
-            ballast = Path(f"/proc/{server.process.pid}/root{data}/{BALLAST}")
-            ballast.unlink()
-        collected = StoreAdmin(plane.channel("urza")).collect_garbage(0)
-        assert collected.num_blobs == len(blobs)
-        again = plane.urza.write_blob(b"there is room again")
-        assert plane.urza.read_blob(again) == b"there is room again"
-        if kind is small_disk:
-            offsets.append(plane.oona.publish("t", BytesValue(value=b"more")))
-        assert all_there(plane, {}, offsets)
-    if kind is small_files:
-        server.stop(signal.SIGKILL)
-        server = start_server(data=data)
+    with kind(data) as narrow:
+
+        def start() -> object:
+            return start_server(prefix=narrow.prefix, data=data, limits={"keep_free_bytes": 0})
+
+        server = start()
         with connect(server.address, timeout_s=CONNECT_S) as plane:
-            assert all_there(plane, {again.hash: b"there is room again"}, offsets)
-            plane.oona.publish("t", BytesValue(value=b"more"))
+            blobs, first = write_until_refused(plane.urza)
+            offsets, second = publish_until_refused(plane.oona)
+            for error in (first, second):
+                assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert error.reason == "DISK_FULL"
+            assert all_there(plane, blobs, offsets)
             assert " 0 problems" in check("--address", server.address)
+        server.stop(signal.SIGKILL)
+        server = start()  # as full as it is
+        with connect(server.address, timeout_s=CONNECT_S) as plane:
+            assert all_there(plane, blobs, offsets)
+            assert write_until_refused(plane.urza)[1].reason == "DISK_FULL"
+            if narrow.relieve is not None:
+                narrow.relieve()
+                offsets.append(plane.oona.publish("t", BytesValue(value=b"there is room again")))
+            # What makes room is done, and then there is more.
+            collected = StoreAdmin(plane.channel("urza")).collect_garbage(0)
+            assert collected.num_blobs >= len(blobs)
+            again = plane.urza.write_blob(b"there is room again")
+            assert plane.urza.read_blob(again) == b"there is room again"
+            assert all_there(plane, {}, offsets)
+            assert " 0 problems" in check("--address", server.address)
+        server.stop()
 
 
 # ------------------------------------------------------------ a disk that lies
