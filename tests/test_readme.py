@@ -92,7 +92,7 @@ def test_user_guide_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             self.blocks = nn.ModuleList([Block(), Block()])
 
     page = (ROOT / "docs/user-guide.md").read_text()
-    wrapping, by_hand, lightning, checkpoints, configuration = fenced(page, "python")
+    wrapping, by_hand, lightning, checkpoints, processes, configuration = fenced(page, "python")
     names: dict[str, object] = {"esper": esper, "torch": torch, "net": Net()}
     exec(wrapping, names)
     model = names["model"]
@@ -123,6 +123,27 @@ def test_user_guide_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     session = training["session"]
     assert isinstance(session, esper.tolaria.Session)
     session.close()
+    steps = {
+        **training,
+        "net": digits.host(),
+        "torch": torch,
+        "checkpoints": esper.tolaria.Checkpoints(tmp_path / "runs" / "shared"),
+        "DistributedDataParallel": torch.nn.parallel.DistributedDataParallel,
+        "my_part_of": lambda epoch: digits.train_batches(0, epoch)[:2],
+    }
+    start = "torch.distributed.init_process_group()"
+    assert start in processes
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    alone = "init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)"
+    example = processes.replace(start, f"torch.distributed.{alone}").replace("30", "2")
+    try:
+        exec(example, steps)
+    finally:
+        torch.distributed.destroy_process_group()
+    session = steps["session"]
+    assert isinstance(session, esper.tolaria.Session)
+    session.close()
+    assert (session.epoch, session.step) == (2, 4)
 
 
 def test_operations_example_runs(start_server: Callable[..., Server]) -> None:

@@ -31,8 +31,8 @@ TRAINER = Path(__file__).with_name("trainer.py")
 TARGETS = ("trainer", "plane", "both")
 RUN_TIMEOUT_S = 600.0
 LIFE_SHARE = 0.5
-"""Longest time between two kills, over the time that the reference takes from start to end. It grows
-while the run makes no progress between kills."""
+"""Longest time between two kills, over the time that the reference takes from start to end. It
+grows while the run makes no progress between kills."""
 
 
 class Arena:

@@ -13,6 +13,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch import distributed
 from torch import nn
 
 from esper.artifacts.architecture import Architecture
@@ -30,6 +31,10 @@ from esper.artifacts.folder import architecture_bytes
 from esper.artifacts.folder import check_file
 from esper.artifacts.folder import file_digest
 from esper.artifacts.folder import write_folder
+from esper.common.sharding import is_part
+from esper.common.sharding import is_sharded
+from esper.common.sharding import put
+from esper.common.sharding import write_tensors
 from esper.common.v1 import kernel_pb2
 from esper.kasmina import Bridge
 from esper.kasmina import KasminaLayer
@@ -54,11 +59,13 @@ def save(
     *,
     task: str | None = None,
     history: Iterable[HistoryEntry] = (),
+    group: distributed.ProcessGroup | None = None,
 ) -> None:
     """Writes a grown model into a folder; all of it appears at once, or nothing changes.
 
     Nothing in the folder is code: weights are safetensors, the rest is JSON and text. A model
-    folder of that name is replaced.
+    folder of that name is replaced. Where the model is sharded (``fully_shard``) all processes
+    call this and see the same file system; the folder holds the whole model.
 
     Args:
         model: The model; its lifecycle goes on unharmed.
@@ -66,6 +73,7 @@ def save(
         task: Name of the task that the model belongs to, see ``esper.tolaria.tasks.names()``, so
             that `esper evaluate` can rebuild its host; None for any other model.
         history: Lifecycle events of the run, in order.
+        group: The processes that hold a sharded model; None means all.
 
     Raises:
         ValueError: If ``model`` is not wrapped.
@@ -87,10 +95,23 @@ def save(
             stored[_seed_key(slot, seed, spec.name)] = parameter
     lines = [json.dumps(dict(entry.to_json())) + "\n" for entry in history]
 
+    path = Path(path).absolute()
+    sharded = is_sharded(model)
+    staged = path.with_name(f".{path.name}.{WEIGHTS_FILE}")
+    if sharded:
+        tensors = {name: _independent(tensor) for name, tensor in stored.items()}
+        write_tensors(tensors, staged, group)
+        if distributed.get_rank() != 0:
+            return
+
     def fill(folder: Path) -> None:
-        safetensors.torch.save_file(
-            {name: _independent(tensor) for name, tensor in stored.items()}, folder / WEIGHTS_FILE
-        )
+        if sharded:
+            staged.rename(folder / WEIGHTS_FILE)
+        else:
+            write_tensors(
+                {name: _independent(tensor) for name, tensor in stored.items()},
+                folder / WEIGHTS_FILE,
+            )
         (folder / HISTORY_FILE).write_text("".join(lines), encoding="utf-8")
         # safetensors lets nobody but the owner read; who may is for the umask to say.
         shutil.copymode(folder / HISTORY_FILE, folder / WEIGHTS_FILE)
@@ -110,7 +131,7 @@ def save(
         (folder / ARCHITECTURE_FILE).write_bytes(architecture.to_bytes())
         (folder / CARD_FILE).write_text(model_card(architecture), encoding="utf-8")
 
-    write_folder(Path(path), fill)
+    write_folder(path, fill)
 
 
 def read_architecture(path: str | PathLike[str]) -> Architecture:
@@ -182,7 +203,7 @@ def _read(folder: Path) -> tuple[Architecture, dict[str, Tensor]]:
 def _copy_host(targets: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(stored[_host_key(name)])
+            put(target, stored[_host_key(name)])
 
 
 def _seeds(architecture: Architecture, stored: Mapping[str, Tensor]) -> tuple[
@@ -367,6 +388,8 @@ def host_state(host: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _independent(tensor: Tensor) -> Tensor:
     """A copy that shares no memory: safetensors refuses views of one storage."""
+    if is_part(tensor):
+        return tensor
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 

@@ -18,6 +18,8 @@ from esper.tolaria.runs.folder import EpochMetrics
 from esper.tolaria.runs.folder import RunFolder
 from esper.tolaria.runs.loggers import RunLogger
 from esper.tolaria.runs.loggers import TensorBoardLogger
+from esper.tolaria.runs.processes import joined
+from esper.tolaria.runs.processes import place
 from esper.tolaria.runs.training import train
 
 
@@ -96,7 +98,24 @@ def command(
 
     Writes configuration, metrics, events, checkpoints and the finished model into the run's folder.
     A run that was interrupted, in whatever way, goes on with --resume.
+
+    Processes that torchrun starts (torchrun --nproc-per-node=2 --no-python esper train ...) share
+    each batch of the task; the first one prints and writes.
     """
+    with joined():
+        _train(config_file, out, resume, seed, epochs, no_growth, plane, tensorboard)
+
+
+def _train(
+    config_file: Path,
+    out: Path | None,
+    resume: bool,
+    seed: int | None,
+    epochs: int | None,
+    no_growth: bool,
+    plane: str | None,
+    tensorboard: bool,
+) -> None:
     config = read_config(config_file)
     if seed is not None:
         config = replace(config, seed=seed)
@@ -105,9 +124,11 @@ def command(
     if no_growth:
         config = replace(config, grow=False)
     folder = RunFolder(Path("runs") / config_file.stem if out is None else out)
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    rank, _ = place()
+    width = None if sys.stdout.isatty() else 120
+    console = Console(width=width, quiet=rank != 0)
     loggers: list[RunLogger] = []
-    if tensorboard:
+    if tensorboard and rank == 0:
         loggers.append(TensorBoardLogger(folder.path / "tensorboard"))
     with _Shown(console, config.epochs) as shown:
         info = train(

@@ -77,9 +77,14 @@ def resume_slot(layer: KasminaLayer, runtime: SlotRuntime) -> None:
     layer.calls, layer.missed_steps = runtime.calls, runtime.missed_steps
     layer.tokens_per_sample = runtime.tokens_per_sample
     layer.inlet.reads_first = runtime.first_input_feeds
-    if runtime.telemetry is None or layer.telemetry is None:
+    if runtime.telemetry is not None:
+        resume_telemetry(layer, runtime.telemetry)
+
+
+def resume_telemetry(layer: KasminaLayer, state: TelemetryState) -> None:
+    """Lets a slot go on from what one of the same place and state had measured."""
+    if layer.telemetry is None:
         return
-    measured = runtime.telemetry.growth
     device = torch.device("cpu") if layer.device is None else layer.device
-    probe = None if measured is None else layer.new_probe(measured.dormant, device)
-    layer.telemetry.resume(runtime.telemetry, probe)
+    probe = None if state.growth is None else layer.new_probe(state.growth.dormant, device)
+    layer.telemetry.resume(state, probe)

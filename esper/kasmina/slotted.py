@@ -25,11 +25,13 @@ from esper.kasmina.host_graph import host_graph
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.lifecycle import SeedLifecycleState
 from esper.kasmina.places import signature_of
+from esper.kasmina.pooling import pooled
 from esper.kasmina.report import drain_signals
 from esper.kasmina.report import layer_stats
 from esper.kasmina.runtime import ModelRuntime
 from esper.kasmina.runtime import check_slots
 from esper.kasmina.runtime import resume_slot
+from esper.kasmina.runtime import resume_telemetry
 from esper.kasmina.runtime import runtime_of
 from esper.kasmina.sampling import Sampler
 from esper.kasmina.sites import Site
@@ -326,6 +328,19 @@ class SlottedModel(nn.Module):
         self._sampler.resume(runtime.sampler)
         for name, slot in runtime.slots.items():
             resume_slot(self.slots[name], slot)
+
+    def pool(self, runtimes: Sequence[ModelRuntime]) -> None:
+        """Takes what all processes of a run have measured for what this model has.
+
+        Args:
+            runtimes: What the models of all processes have lived through, this one's included;
+                they train on parts of the same batches and hold the same seeds.
+        """
+        for name, layer in self.slots.items():
+            states = [runtime.slots[name].telemetry for runtime in runtimes]
+            seen = [state for state in states if state is not None]
+            if len(seen) == len(runtimes) > 1:
+                resume_telemetry(layer, pooled(seen))
 
     # ---------------------------------------------------------------- helpers
 

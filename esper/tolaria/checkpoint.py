@@ -4,24 +4,34 @@
       model/              the grown model, a model folder like any other (`esper.load` reads it)
       state.safetensors   tensors of optimizers, telemetry and random generators
       state.json          everything else
+      rank-0001.*         what the second process has for itself, and so on (`RankState`)
       checkpoint.json     what it is, and the digests of all of it
 
-A folder appears whole or not at all, and nothing in it is code. A folder that was torn or altered
-is refused before anything of it is used.
+Where several processes train, the first one writes what is the same in all of them. It is the same
+folder whether one process trained or many, and whether the model was sharded or not: any number of
+processes may go on from it. A folder appears whole or not at all, and nothing in it is code. A
+folder that was torn or altered is refused before anything of it is used.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import shutil
 from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
+from torch import Tensor
+from torch import distributed
 
 from esper.artifacts import ModelFolderError
 from esper.artifacts import load_into
@@ -34,14 +44,23 @@ from esper.artifacts.folder import FileDigest
 from esper.artifacts.folder import check_file
 from esper.artifacts.folder import file_digest
 from esper.artifacts.folder import write_folder
+from esper.common.sharding import is_part
+from esper.common.sharding import is_sharded
+from esper.common.sharding import write_tensors
 from esper.kasmina import MorphableModel
 from esper.tolaria.packing import Packed
 from esper.tolaria.packing import PackingError
 from esper.tolaria.packing import kept
 from esper.tolaria.packing import pack
 from esper.tolaria.packing import unpack
+from esper.tolaria.ranks import ALONE
+from esper.tolaria.ranks import Ranks
+from esper.tolaria.state import RankState
 from esper.tolaria.state import RunRecord
 from esper.tolaria.state import TrainingState
+from esper.tolaria.state import of_a_newcomer
+
+T = TypeVar("T")
 
 _log = logging.getLogger("esper")
 
@@ -62,11 +81,21 @@ class Checkpoint:
         path: Its folder.
         training: What the next step follows from.
         record: What the run has come to know.
+        others: What each further process has for itself, in their order.
     """
 
     path: Path
     training: TrainingState
     record: RunRecord
+    others: Sequence[RankState] = ()
+
+    def training_of(self, rank: int) -> TrainingState:
+        """Returns what the next step follows from in one of the run's processes."""
+        if rank == 0:
+            return self.training
+        if rank > len(self.others):
+            return of_a_newcomer(self.training)
+        return self.others[rank - 1].within(self.training)
 
     def load_model(self, model: MorphableModel) -> None:
         """Gives a wrapped model the weights and seeds of the checkpoint.
@@ -83,8 +112,19 @@ class _Whole:
     record: RunRecord
 
 
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    field: str = ""
+    value: str = ""
+    rule: str = ""
+
+
 def write_checkpoint(
-    path: str | PathLike[str], model: MorphableModel, training: TrainingState, record: RunRecord
+    path: str | PathLike[str],
+    model: MorphableModel,
+    training: TrainingState,
+    record: RunRecord,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Writes a checkpoint; one of that name is replaced.
 
@@ -93,33 +133,111 @@ def write_checkpoint(
         model: The model between two steps.
         training: Its training state.
         record: Its run's record.
+        ranks: The processes that train; all of them call this, and see the same file system.
 
     Raises:
         PackingError: If a state holds something other than data.
         ModelFolderError: If the folder cannot be written.
     """
+    path = Path(path).absolute()
     packed = pack(_Whole(training, record), "state")
-    loss = record.epochs[-1].held_out_loss if record.epochs else None
+    others = ranks.collect(RankState.of(training))[1:]
+    error: ModelFolderError | None = None
+    try:
+        _write(path, model, packed, _Whole(training, record), others, ranks)
+    except ModelFolderError as mine:
+        error = mine
+    outcome = ranks.broadcast(_Outcome() if error is None else _outcome_of(error))
+    if error is not None:
+        raise error
+    if outcome != _Outcome():
+        raise ModelFolderError(outcome.field, outcome.value, outcome.rule)
 
-    def fill(folder: Path) -> None:
-        save(model, folder / MODEL_FOLDER, history=record.events)
-        tensors = {name: kept(tensor).contiguous() for name, tensor in packed.tensors.items()}
-        safetensors.torch.save_file(tensors, folder / TENSORS_FILE)
-        (folder / STATE_FILE).write_text(json.dumps(packed.document, allow_nan=False))
-        shutil.copymode(folder / STATE_FILE, folder / TENSORS_FILE)
-        body: dict[str, Json] = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "run": record.run,
-            "epoch": training.epoch,
-            "step": training.step,
-            "held_out_loss": loss if loss is not None and math.isfinite(loss) else None,
-            "files": {name: _digest(folder / name) for name in _SEALED},
-        }
-        manifest = {**body, "sha256": _body_digest(body)}
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
-    write_folder(Path(path), fill, mark=MANIFEST_FILE)
+def _outcome_of(error: ModelFolderError) -> _Outcome:
+    return _Outcome(error.field, str(error.value), error.rule)
+
+
+def _write(
+    path: Path,
+    model: MorphableModel,
+    packed: Packed,
+    whole: _Whole,
+    others: Sequence[RankState],
+    ranks: Ranks,
+) -> None:
+    """Writes the parts beside the folder, sharded tensors together with the others."""
+    if not (ranks.leads or is_sharded(model)):
+        return
+    parts = path.with_name(f".{path.name}.parts")
+    try:
+        with _one_writer(parts, ranks):
+            save(model, parts / MODEL_FOLDER, history=whole.record.events, group=ranks.group)
+            write_tensors(_storable(packed), parts / TENSORS_FILE, ranks.group)
+            if ranks.leads:
+                write_folder(path, partial(_fill, parts, packed, whole, others), mark=MANIFEST_FILE)
+    except OSError as error:
+        raise ModelFolderError(
+            "path", str(path), f"it cannot be written: {error.strerror or error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _one_writer(parts: Path, ranks: Ranks) -> Iterator[None]:
+    """An empty folder for the parts, made and removed by the rank that leads."""
+    if ranks.leads:
+        shutil.rmtree(parts, ignore_errors=True)  # of a writer that was killed
+        parts.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        if ranks.leads:
+            shutil.rmtree(parts, ignore_errors=True)
+
+
+def _fill(
+    parts: Path, packed: Packed, whole: _Whole, others: Sequence[RankState], folder: Path
+) -> None:
+    (folder / STATE_FILE).write_text(json.dumps(packed.document, allow_nan=False))
+    for part in (MODEL_FOLDER, TENSORS_FILE):
+        (parts / part).rename(folder / part)
+    shutil.copymode(folder / STATE_FILE, folder / TENSORS_FILE)
+    for rank, state in enumerate(others, start=1):
+        own = pack(state, "state")
+        document, tensors = _rank_files(rank)
+        (folder / document).write_text(json.dumps(own.document, allow_nan=False))
+        safetensors.torch.save_file(_storable(own), folder / tensors)
+        shutil.copymode(folder / document, folder / tensors)
+    loss = whole.record.epochs[-1].held_out_loss if whole.record.epochs else None
+    body: dict[str, Json] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "run": whole.record.run,
+        "epoch": whole.training.epoch,
+        "step": whole.training.step,
+        "held_out_loss": loss if loss is not None and math.isfinite(loss) else None,
+        "num_ranks": 1 + len(others),
+        "files": {name: _digest(folder / name) for name in _sealed(1 + len(others))},
+    }
+    manifest = {**body, "sha256": _body_digest(body)}
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _storable(packed: Packed) -> dict[str, Tensor]:
+    """The tensors, in memory of the host that no two share; sharded ones stay as they are."""
+    return {
+        name: tensor if is_part(tensor) else kept(tensor).contiguous()
+        for name, tensor in packed.tensors.items()
+    }
+
+
+def _rank_files(rank: int) -> tuple[str, str]:
+    return f"rank-{rank:04d}.json", f"rank-{rank:04d}.safetensors"
+
+
+def _sealed(num_ranks: int) -> list[str]:
+    """Names of the files whose digests the manifest holds."""
+    return [*_SEALED, *(name for rank in range(1, num_ranks) for name in _rank_files(rank))]
 
 
 def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
@@ -129,14 +247,21 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         ModelFolderError: If it is none, of another format version, torn or altered.
     """
     folder = Path(path)
-    _read_manifest(folder, check=True)
+    manifest = _read_manifest(folder, check=True)
+    whole = _unpacked(_Whole, folder, STATE_FILE, TENSORS_FILE)
+    others = [
+        _unpacked(RankState, folder, *_rank_files(rank)) for rank in range(1, manifest.num_ranks)
+    ]
+    return Checkpoint(folder, whole.training, whole.record, others)
+
+
+def _unpacked(kind: type[T], folder: Path, document: str, tensors: str) -> T:
     try:
-        tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
-        document = json.loads((folder / STATE_FILE).read_bytes())
-        whole = unpack(_Whole, Packed(document, tensors), "state")
+        loaded = safetensors.torch.load_file(folder / tensors)
+        parsed = json.loads((folder / document).read_bytes())
+        return unpack(kind, Packed(parsed, loaded), "state")
     except (PackingError, safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise ModelFolderError(str(folder), "unreadable", f"its state must be ({error})") from error
-    return Checkpoint(folder, whole.training, whole.record)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +273,14 @@ class Manifest:
         epoch: The epoch that was running.
         step: Optimizer steps taken.
         held_out_loss: Held-out loss at the end of the epoch before; None where there was none.
+        num_ranks: Processes that trained.
     """
 
     run: str
     epoch: int
     step: int
     held_out_loss: float | None
+    num_ranks: int
 
 
 def read_manifest(path: str | PathLike[str]) -> Manifest:
@@ -187,9 +314,10 @@ def _read_manifest(folder: Path, *, check: bool) -> Manifest:
         root.count("epoch"),
         root.count("step"),
         float(loss) if isinstance(loss, int | float) else None,
+        root.count("num_ranks", least=1),
     )
     files = root.fields("files")
-    for name in _SEALED:
+    for name in _sealed(manifest.num_ranks):
         entry = files.fields(name)
         expected = FileDigest(entry.text("sha256"), entry.count("size_bytes"))
         if check:
@@ -251,7 +379,12 @@ class Checkpoints:
         return None
 
     def prune(self) -> None:
-        """Removes what is kept neither for its age nor for its loss, and what was torn off."""
+        """Removes what is kept neither for its age nor for its loss, and what was torn off.
+
+        Where several processes train, the first one does it for all.
+        """
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
+            return
         keep = set(self.paths()[: self._keep_last])
         if self._keep_best:
             keep |= set(_best(self.paths()))

@@ -6,7 +6,6 @@ seeds in every state, telemetry probes, held-out evaluation and trials are all o
 the training loop runs at full speed.
 """
 
-import copy
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -16,12 +15,14 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from esper.common.sharding import plain_copy
 from esper.kasmina import MorphableModel
 from esper.kasmina import SeedLifecycleState
 from esper.kasmina.grafts import Graft
 from esper.tolaria.evaluation import Batch
 from esper.tolaria.evaluation import SampleLoss
 from esper.tolaria.randomness import forked
+from esper.tolaria.ranks import Ranks
 
 
 def count_flops(run: Callable[[], object]) -> int:
@@ -53,6 +54,7 @@ class TrainingCost:
             raise ValueError("batches has 0 batches, but one is needed to measure the cost")
         self._example = example
         self._spent = {"train": 0.0, "evaluation": 0.0, "trial": 0.0}
+        self._pooled = 0.0  # of training, by all ranks
         self._measured: dict[object, tuple[float, float]] = {}
         self._hook = model.register_forward_pre_hook(self._count_samples, with_kwargs=True)
 
@@ -94,6 +96,17 @@ class TrainingCost:
     def resume(self, spent: Mapping[str, float]) -> None:
         """Goes on from what a run has spent."""
         self._spent.update(spent)
+        self._pooled = self._spent["train"]
+
+    def pool(self, ranks: Ranks) -> None:
+        """Adds what the other ranks have trained since the last time.
+
+        Evaluations and trials are charged whole on every rank already.
+        """
+        if ranks.is_shared:
+            [new] = ranks.sum([self._spent["train"] - self._pooled])
+            self._pooled += new
+            self._spent["train"] = self._pooled
 
     def close(self) -> None:
         """Stops counting."""
@@ -113,7 +126,7 @@ class TrainingCost:
 
     def _measure(self) -> tuple[float, float]:
         """Returns (forward, training step) operations per sample, measured on a copy."""
-        twin = copy.deepcopy(self._model)
+        twin = plain_copy(self._model)
         if isinstance(twin, MorphableModel):
             for slot, seed in twin.occupied_seeds():
                 # The first and last step of a ramp cost less; whichever is measured stands for all.

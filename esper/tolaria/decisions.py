@@ -55,11 +55,31 @@ class Decisions:
         self._cost = cost
         self._config = config
 
+    def complete(self, advice: Advice) -> Advice:
+        """Returns a decision with the weights that the run's own measurements give to a newborn.
+
+        Args:
+            advice: The decision, as the plane made it.
+        """
+        decision, kernel = advice.decision, advice.kernel
+        if (
+            kernel is None
+            or advice.weights is not None
+            or self._config.graft.fan_in != "singular"
+            or decision.slot not in self._model.slots
+        ):
+            return advice
+        directions = self._model.growth_directions(
+            decision.slot, decision.seed, kernel.signature.source
+        )
+        weights = singular_weights(kernel, directions, f"{decision.slot}/{decision.seed}")
+        return Advice(decision, kernel, weights)
+
     def apply(self, advice: Advice, *, epoch: int, steps_left: int) -> None:
         """Carries out one decision.
 
         Args:
-            advice: The decision, with its kernel where it germinates.
+            advice: The decision, complete, with its kernel where it germinates.
             epoch: The epoch that has ended.
             steps_left: Optimizer steps until the run ends.
 
@@ -103,17 +123,12 @@ class Decisions:
             )
         self._model.seed_state(decision.slot, decision.seed)  # refuses a slot that is not there
         self._check_budget(decision.slot, kernel)
-        weights = advice.weights
-        if weights is None and self._config.graft.fan_in == "singular":
-            source = kernel.signature.source
-            directions = self._model.growth_directions(decision.slot, decision.seed, source)
-            weights = singular_weights(kernel, directions, f"{decision.slot}/{decision.seed}")
         self._protocol.germinate(
             decision.slot,
             decision.seed,
             decision.kernel,
             kernel,
-            weights,
+            advice.weights,
             plan,
             decision.explanation,
         )

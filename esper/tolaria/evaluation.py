@@ -8,21 +8,36 @@ differs. The samples are paired, so the variance between samples cancels.
 import math
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 from torch import nn
 
+from esper.common.sharding import reshard
 from esper.kasmina.modes import evaluating
 from esper.tolaria.randomness import forked
+from esper.tolaria.ranks import ALONE
+from esper.tolaria.ranks import Ranks
 
 Batch = object
 SampleLoss = Callable[[nn.Module, Batch], Tensor]
 """Maps (model, batch) to the losses of the batch's samples, shape [samples]."""
 
 
-def sample_losses(model: nn.Module, batches: Iterable[Batch], loss: SampleLoss) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one rank has measured: the losses of every so-manieth batch."""
+
+    num_batches: int  # of all ranks
+    losses: list[Tensor]
+
+
+def sample_losses(
+    model: nn.Module, batches: Iterable[Batch], loss: SampleLoss, ranks: Ranks = ALONE
+) -> Tensor:
     """Returns the loss of every held-out sample, without a trace in the model.
 
     Runs in eval mode without gradients; training mode and the global random states (which a
@@ -32,26 +47,52 @@ def sample_losses(model: nn.Module, batches: Iterable[Batch], loss: SampleLoss) 
         model: Any module that ``loss`` can call.
         batches: Held-out batches; iterated once.
         loss: Per-sample loss.
+        ranks: Who shares the work: the ranks take turns with the batches, which must be the same
+            on all of them. Every rank returns all losses.
 
     Returns:
         Losses in the order of the samples, float64, shape [samples].
 
     Raises:
-        ValueError: If ``loss`` does not return one loss per sample, or there is no sample.
+        ValueError: If ``loss`` does not return one loss per sample, there is no sample, or the
+            ranks have different numbers of batches.
     """
+    number, batch = -1, None
     losses: list[Tensor] = []
     with forked(), evaluating(model):
-        for batch in batches:
-            values = loss(model, batch)
-            if values.dim() != 1:
-                raise ValueError(
-                    f"loss returned shape {tuple(values.shape)}, but it must return one loss "
-                    "per sample, shape [samples] (use reduction='none')"
-                )
-            losses.append(values.double().cpu())
-    if not losses or sum(len(values) for values in losses) == 0:
+        for number, batch in enumerate(batches):
+            if number % ranks.size == ranks.rank:
+                losses.append(_batch_losses(model, batch, loss))
+        idle = -(number + 1) % ranks.size  # ranks that have no batch in the last round
+        if ranks.rank >= ranks.size - idle:
+            _batch_losses(model, batch, loss)  # a sharded model computes on all ranks or on none
+    reshard(model)
+    losses = _in_turns(ranks.gather(_Part(number + 1, losses)))
+    if sum(len(values) for values in losses) == 0:
         raise ValueError("held_out has 0 samples, but the accept test needs at least 2")
     return torch.cat(losses)
+
+
+def _batch_losses(model: nn.Module, batch: Batch, loss: SampleLoss) -> Tensor:
+    values = loss(model, batch)
+    if values.dim() != 1:
+        raise ValueError(
+            f"loss returned shape {tuple(values.shape)}, but it must return one loss "
+            "per sample, shape [samples] (use reduction='none')"
+        )
+    return values.double().cpu()
+
+
+def _in_turns(parts: Sequence[_Part]) -> list[Tensor]:
+    """Puts the losses of all batches back into the order of the batches."""
+    counts = [part.num_batches for part in parts]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"held_out has {counts} batches on the ranks, but it must be the same on all of them: "
+            "the session shares the work out itself"
+        )
+    turns = zip_longest(*(part.losses for part in parts))
+    return [losses for turn in turns for losses in turn if losses is not None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch import nn
 from torch.optim import Optimizer
 
+from esper.common.sharding import like
 from esper.tolaria.packing import Opaque
 
 _PARAMETERS = ("params", "param_names")
@@ -134,4 +135,4 @@ def _placed(
     if not isinstance(value, Tensor):
         return value
     on_host = key == "step" and not (group.get("capturable") or group.get("fused"))
-    return value.to("cpu" if on_host else parameter.device, copy=True)
+    return like(value.to("cpu" if on_host else parameter.device, copy=True), parameter)

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -148,7 +149,7 @@ class NewbornState:
 
 
 class NewbornOptimizer:
-    """Optimizer of one seed between germination and fossilisation.
+    """Optimizer of one seed between germination and fossilisation, or for good, see ``settle``.
 
     Args:
         parameters: The seed's parameters; at least one.
@@ -199,6 +200,11 @@ class NewbornOptimizer:
         progress = (self._num_steps + 1) / (self._warmup_steps + 1)
         return float(group["lr"]) * self._learning_rate_scale * min(1.0, progress)
 
+    def collect(self) -> list[nn.Parameter]:
+        """Makes the gradients since the last step those of the parameters, which are returned."""
+        self._gradients.put_back()
+        return self._parameters
+
     def step(self) -> None:
         """Updates the parameters that have gradients, then clears all gradients."""
         if self._gradients.put_back():
@@ -236,6 +242,43 @@ class NewbornOptimizer:
         """
         self._num_steps = state.num_steps
         optimizer_state.restore(self._optimizer, state.optimizer, parameters)
+
+    def settle(self) -> None:
+        """Lets the parameters train on as members of the user's group would, but stay here.
+
+        Where several processes train, the user's means of averaging gradients knows nothing of
+        these parameters, and clipping by a norm that differs between ranks would tear the ranks
+        apart; so they never join the user's optimizer.
+        """
+        self._learning_rate_scale = 1.0
+        self._warmup_steps = 0
+
+    def enter(self, state: OptimizerState, names: Mapping[nn.Parameter, str]) -> None:
+        """Adds the parameters to a captured state of the user's optimizer, as if they graduated.
+
+        Args:
+            state: What was captured; changed.
+            names: Names of the model's parameters.
+        """
+        own = optimizer_state.capture(self._optimizer, names)
+        group = state.groups[self._group_index]
+        group.parameters.extend(own.groups[0].parameters)
+        if group.labels is not None:
+            group.labels.extend(self._names)
+        state.state.update(own.state)
+
+    def take_back(self) -> None:
+        """Takes parameters that have graduated, and their state, out of the user's optimizer."""
+        group = self.host_optimizer.param_groups[self._group_index]
+        mine = {id(parameter) for parameter in self._parameters}
+        stay = [id(parameter) not in mine for parameter in group["params"]]
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key] = list(compress(group[key], stay))
+        for parameter in self._parameters:
+            if parameter in self.host_optimizer.state:
+                self._optimizer.state[parameter] = self.host_optimizer.state.pop(parameter)
+        self.settle()
 
     def graduate(self) -> None:
         """Moves parameters and their state into the user's group; this object is then done."""

@@ -15,6 +15,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from esper.common.sharding import is_part
 from esper.common.v1 import kernel_pb2
 from esper.common.v1 import lifecycle_pb2
 from esper.config import GraftConfig
@@ -23,9 +24,12 @@ from esper.kasmina import SeedLifecycleState
 from esper.kasmina import Transition
 from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria.evaluation import Trial
+from esper.tolaria.optimizer_state import OptimizerState
 from esper.tolaria.optimizers import NewbornOptimizer
 from esper.tolaria.optimizers import NewbornState
 from esper.tolaria.optimizers import find_home
+from esper.tolaria.ranks import ALONE
+from esper.tolaria.ranks import Ranks
 
 State = SeedLifecycleState
 SeedKey = tuple[str, int]
@@ -143,6 +147,8 @@ class GraftProtocol:
         optimizer: The user's optimizer, or all of them; the first one's steps are the run's.
         config: Defaults for plans and what follows the trial.
         scaler: Scaler of the user's loss; ``None`` where there is none.
+        ranks: The processes that train the model together, each with seeds of its own copy: their
+            gradients are averaged here, whatever the host's are averaged by.
     """
 
     def __init__(
@@ -151,8 +157,11 @@ class GraftProtocol:
         optimizer: Optimizer | Sequence[Optimizer],
         config: GraftConfig,
         scaler: GradScaler | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.live: dict[SeedKey, LiveGraft] = {}
+        self._fossils: dict[SeedKey, NewbornOptimizer] = {}  # in a run of several processes
+        self._ranks = ranks
         self._model = model
         self._optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
         self._scaler = scaler
@@ -162,9 +171,18 @@ class GraftProtocol:
     def close(self) -> None:
         """Lets go of the model."""
         self._model.observers.remove(self._on_transition)
+        self._release_fossils()
+
+    def _release_fossils(self) -> None:
+        for fossil in self._fossils.values():
+            fossil.close()
+        self._fossils.clear()
 
     def _on_transition(self, transition: Transition) -> None:
-        graft = self.live.get((transition.slot, transition.seed))
+        key = transition.slot, transition.seed
+        if transition.before is State.FOSSILIZED and key in self._fossils:
+            self._fossils.pop(key).close()
+        graft = self.live.get(key)
         if graft is None:
             return
         graft.stage_steps = 0
@@ -204,15 +222,30 @@ class GraftProtocol:
         parameters = self._model.seed_parameters(slot, seed)
         if not parameters:
             return None
+        host = self._model.host_parameters(slot)
+        home = find_home(self._optimizers, host, parameters)
+        return self._optimizer_at(slot, seed, *home, plan.learning_rate_scale)
+
+    def _optimizer_at(
+        self,
+        slot: str,
+        seed: int,
+        optimizer: Optimizer,
+        group_index: int,
+        learning_rate_scale: float = 1.0,
+    ) -> NewbornOptimizer:
+        parameters = self._model.seed_parameters(slot, seed)
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         host = self._model.host_parameters(slot)
         return NewbornOptimizer(
             parameters,
-            *find_home(self._optimizers, host, parameters),
-            learning_rate_scale=plan.learning_rate_scale,
+            optimizer,
+            group_index,
+            learning_rate_scale=learning_rate_scale,
             warmup_steps=self._config.warmup_steps,
             names=[names[id(parameter)] for parameter in parameters],
-            witnesses=host,
+            # Parts of parameters do not tell by themselves whether the whole has a gradient.
+            witnesses=[parameter for parameter in host if not is_part(parameter)],
             scaler=self._scaler,
         )
 
@@ -235,10 +268,45 @@ class GraftProtocol:
             for graft in self.live.values()
         ]
 
+    def enter_fossils(
+        self, optimizer: Optimizer, state: OptimizerState, names: Mapping[nn.Parameter, str]
+    ) -> None:
+        """Adds the fossils that train here to a captured state of the optimizer that they follow.
+
+        So a state says the same whether one process trains or several.
+
+        Args:
+            optimizer: One of the user's.
+            state: Its state; changed.
+            names: Names of the model's parameters.
+        """
+        for fossil in self._fossils.values():
+            if fossil.host_optimizer is optimizer:
+                fossil.enter(state, names)
+
+    def _take_fossils_back(self) -> None:
+        """Takes fossils out of the user's optimizers, into which a restored state has put them."""
+        owners = {
+            id(parameter): key
+            for key in self._model.occupied_seeds()
+            if self._model.seed_state(*key) is State.FOSSILIZED
+            for parameter in self._model.seed_parameters(*key)
+            if not is_part(parameter)
+        }
+        homes: dict[SeedKey, tuple[Optimizer, int]] = {}
+        for optimizer in self._optimizers:
+            for index, group in enumerate(optimizer.param_groups):
+                for parameter in group["params"]:
+                    if id(parameter) in owners:
+                        homes[owners[id(parameter)]] = optimizer, index
+        for key, home in homes.items():
+            self._fossils[key] = self._optimizer_at(*key, *home)
+            self._fossils[key].take_back()
+
     def resume(
         self, states: Sequence[LiveGraftState], parameters: Mapping[str, nn.Parameter]
     ) -> None:
-        """Takes over the live grafts of a model whose seeds have been restored.
+        """Takes over the live grafts of a model whose seeds and optimizers have been restored.
 
         Args:
             states: What ``state`` returned.
@@ -248,6 +316,9 @@ class GraftProtocol:
             if graft.optimizer is not None:
                 graft.optimizer.close()
         self.live.clear()
+        self._release_fossils()
+        if self._ranks.is_shared:
+            self._take_fossils_back()
         for state in states:
             kernel = self._model.kernel_of(state.slot, state.seed)
             assert kernel is not None, "a live graft's seed holds its kernel"
@@ -277,9 +348,12 @@ class GraftProtocol:
         """
         first = self._optimizers[0]
         optimizer = optimizer if optimizer is not None else first
-        for graft in self.live.values():
-            if graft.optimizer is not None and graft.optimizer.host_optimizer is optimizer:
-                graft.optimizer.step()
+        grafts = [graft.optimizer for graft in self.live.values() if graft.optimizer is not None]
+        due = [o for o in (*grafts, *self._fossils.values()) if o.host_optimizer is optimizer]
+        if self._ranks.is_shared:
+            self._ranks.average_gradients([p for newborn in due for p in newborn.collect()])
+        for newborn in due:
+            newborn.step()
         if optimizer is not first:
             return
         for graft in self.live.values():
@@ -340,7 +414,12 @@ class GraftProtocol:
     def _fossilize(self, graft: LiveGraft, reason: str) -> None:
         self._model.freeze_fossil(*graft.key, self._config.freeze_fossils)
         self._model.advance(*graft.key, State.FOSSILIZED, reason=reason)
-        if graft.optimizer is not None:
+        if graft.optimizer is None:
+            return
+        if self._ranks.is_shared:
+            graft.optimizer.settle()
+            self._fossils[graft.key] = graft.optimizer
+        else:
             graft.optimizer.graduate()
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Decisions from a recorded run in place of a plane."""
+"""What stands where a session has its link to the plane: a recorded run, or nothing."""
 
 from collections.abc import Sequence
 
@@ -12,25 +12,16 @@ from esper.tolaria.state import AdviceState
 from esper.urza.v1 import library_pb2
 
 
-class ReplayLink:
-    """Stands where a session has its link to the plane, and answers from a record.
-
-    What a plane would be told is told to nobody: a replayed run leaves no trace outside.
-
-    Args:
-        decisions: The advice that the recorded run took, in order.
-    """
+class SilentLink:
+    """Tells nobody anything and is told nothing: the link of a process that others decide for."""
 
     failure: str | None = None
 
-    def __init__(self, decisions: Sequence[AdviceState]) -> None:
-        self._decisions = tuple(decisions)
-
     def compile(self, signatures: Sequence[kernel_pb2.KernelSignature]) -> None:
-        """Does nothing: the recorded kernels come with the decisions."""
+        """Does nothing."""
 
     def observe(self, observation: controller_pb2.Observation) -> None:
-        """Does nothing: the decisions have been taken."""
+        """Does nothing."""
 
     def publish(self, topic: str, message: Message) -> None:
         """Does nothing."""
@@ -45,11 +36,11 @@ class ReplayLink:
         """Does nothing."""
 
     def wait(self, epoch: int, timeout_s: float) -> list[Advice]:
-        """Returns the advice that the recorded run took at the end of an epoch."""
-        return [state.advice() for state in self._decisions if state.epoch == epoch]
+        """Returns nothing."""
+        return []
 
     def take(self) -> list[Advice]:
-        """Returns nothing: recorded advice belongs to its epoch, see ``wait``."""
+        """Returns nothing."""
         return []
 
     def state(self) -> LinkState:
@@ -58,3 +49,21 @@ class ReplayLink:
 
     def close(self) -> None:
         """Does nothing."""
+
+
+class ReplayLink(SilentLink):
+    """Answers from a record.
+
+    What a plane would be told is told to nobody: a replayed run leaves no trace outside. Recorded
+    advice belongs to its epoch, so ``take`` returns nothing.
+
+    Args:
+        decisions: The advice that the recorded run took, in order.
+    """
+
+    def __init__(self, decisions: Sequence[AdviceState]) -> None:
+        self._decisions = tuple(decisions)
+
+    def wait(self, epoch: int, timeout_s: float) -> list[Advice]:
+        """Returns the advice that the recorded run took at the end of an epoch."""
+        return [state.advice() for state in self._decisions if state.epoch == epoch]

@@ -14,11 +14,15 @@ The loop may accumulate gradients, clip them over ``model.parameters()``, step b
 a batch after its backward, and have several optimizers and any scheduler: the gradients of newborn
 seeds are kept apart from the host's (see ``esper.tolaria.gradients``). A ``torch.amp.GradScaler``
 has to be told to the session, so that newborns are unscaled and checked for overflow too.
+
+Where ``torch.distributed`` is initialised, every process opens its session, and together they are
+one run (see ``esper.tolaria.agreement``): all of them call ``epoch_end`` and ``save``; the first
+talks to the plane and writes the files. ``DistributedDataParallel`` or ``fully_shard`` goes on
+caring for the host; what grows is whole in every process, and its gradients are averaged here.
 """
 
 import contextlib
 import logging
-import uuid
 from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -35,6 +39,7 @@ from esper.kasmina import MorphableModel
 from esper.kasmina import SeedLifecycleState
 from esper.kasmina import Transition
 from esper.tamiyo.v1 import controller_pb2
+from esper.tolaria import agreement
 from esper.tolaria import recipe
 from esper.tolaria import trials
 from esper.tolaria.asking import signatures
@@ -58,7 +63,9 @@ from esper.tolaria.link import check_candidates
 from esper.tolaria.link import check_plane
 from esper.tolaria.optimizers import check_all
 from esper.tolaria.protocol import GraftProtocol
+from esper.tolaria.ranks import Ranks
 from esper.tolaria.replay import ReplayLink
+from esper.tolaria.replay import SilentLink
 from esper.tolaria.state import AdviceState
 from esper.tolaria.state import RunRecord
 from esper.tolaria.state import Stateful
@@ -88,7 +95,8 @@ class Session:
             the first one are the run's steps.
         epochs: Number of epochs that the run is planned for.
         held_out: Batches that are never trained on and never tested on; iterated at every epoch
-            boundary, always in the same order.
+            boundary, always in the same order. Where several processes train, all of them give the
+            same batches, and the session shares the work out.
         loss: Maps (model, batch) to the losses of the batch's samples, shape [samples].
         plane: Address of a plane, or ``None`` to start an embedded one.
         mode: ``async`` takes what advice has arrived and never waits; ``lockstep`` waits for the
@@ -113,6 +121,7 @@ class Session:
     Raises:
         ValueError: If an argument breaks its rule, or the model is in an open session already;
             nothing has been started then.
+        RanksDisagreeError: If the processes of a run do not hold the same model.
     """
 
     def __init__(
@@ -162,15 +171,21 @@ class Session:
         self._step = 0
         self._epoch_first_step = 0
         self._closed = False
-        self.run = uuid.uuid4().hex if resume is None else resume.record.run
+        self._failure: str | None = None  # of rank 0's plane, as it was told
+        self._ranks = Ranks()
+        self.run = agreement.shared_run(resume, self._ranks)
         self.history = History()
         self.cost = TrainingCost(model, loss, held_out)
         if self._config.telemetry_interval is not None:
             model.telemetry_interval = self._config.telemetry_interval
         model.observers.append(self._on_transition)
-        self._protocol = GraftProtocol(model, self._optimizers, self._config.graft, scaler)
+        self._protocol = GraftProtocol(
+            model, self._optimizers, self._config.graft, scaler, self._ranks
+        )
         self._parts = TrainingParts(model, self._optimizers, self._protocol, stateful or {})
-        self._trials = Trials(model, held_out, loss, self._protocol, self.cost, self._config)
+        self._trials = Trials(
+            model, held_out, loss, self._protocol, self.cost, self._config, self._ranks
+        )
         self._taken: list[AdviceState] = []
         if resume is not None:
             self._go_on_from(resume)
@@ -178,8 +193,10 @@ class Session:
         self._step_hooks = [
             user.register_step_post_hook(self._on_step) for user in self._optimizers
         ]
-        self._link: PlaneLink | ReplayLink
-        if replay is not None:
+        self._link: PlaneLink | SilentLink
+        if not self._ranks.leads:
+            self._link = SilentLink()
+        elif replay is not None:
             self._link = ReplayLink(replay.record.decisions)
         else:
             self._link = PlaneLink(
@@ -219,19 +236,21 @@ class Session:
     @property
     def plane_failure(self) -> str | None:
         """Why the plane is gone, or ``None`` while it is there."""
-        return self._link.failure
+        return self._link.failure or self._failure
 
     def epoch_end(self, *, train_loss: float | None = None) -> EpochRecord:
         """Ends an epoch: trials, verdicts, observation, and the advice that has arrived.
 
         Args:
-            train_loss: The epoch's mean training loss. ``None`` means not measured.
+            train_loss: The epoch's mean training loss; of several processes each gives its own,
+                and the mean counts. ``None`` means not measured.
 
         Returns:
             The epoch's record, which is also the last one of ``history.epochs``.
 
         Raises:
             ValueError: If the session is closed or all epochs have ended.
+            RanksDisagreeError: If the processes of the run have come to differ.
         """
         if self._closed:
             raise ValueError("the session is closed, but epoch_end needs an open one")
@@ -239,18 +258,21 @@ class Session:
             raise ValueError(
                 f"epochs is {self._epochs}, but epoch_end was called {self._epoch + 1} times"
             )
+        agreement.check_steps(self._step, self._ranks)
+        agreement.share(self._model.buffers(), self._ranks)
         losses = self._trials.hold(self._epoch, self.history.trials)
         last = self._epoch == self._epochs - 1
         if last and self._protocol.live:
             self._protocol.finish()
             losses = None  # of another model
         if losses is None and (last or self._epoch % self._config.evaluation_interval == 0):
-            losses = sample_losses(self._model, self._held_out, self._loss)
+            losses = sample_losses(self._model, self._held_out, self._loss, self._ranks)
             self.cost.add_evaluation(len(losses))
+        self.cost.pool(self._ranks)
         record = EpochRecord(
             epoch=self._epoch,
             step=self._step,
-            train_loss=train_loss,
+            train_loss=agreement.mean(train_loss, self._ranks),
             held_out_loss=None if losses is None else float(losses.mean()),
             parameters=self._model.num_parameters(),
             flops=self.cost.total,
@@ -280,7 +302,8 @@ class Session:
         if self._closed:
             raise ValueError("the session is closed, but save needs an open one")
         training = self._parts.capture(self._epoch, self._step, self._epoch_first_step)
-        write_checkpoint(path, self._model, training, self._record())
+        self.cost.pool(self._ranks)
+        write_checkpoint(path, self._model, training, self._record(), self._ranks)
 
     def close(self) -> None:
         """Ends the session: hooks off, what is left is sent, an embedded plane stops."""
@@ -288,6 +311,7 @@ class Session:
             return
         self._closed = True
         with contextlib.ExitStack() as last_first:  # all of it, whatever an observer raises
+            last_first.callback(self._ranks.close)
             last_first.callback(self._close_link)
             last_first.callback(self.cost.close)
             last_first.callback(self._model.observers.remove, self._on_transition)
@@ -312,14 +336,16 @@ class Session:
         )
 
     def _go_on_from(self, checkpoint: Checkpoint) -> None:
-        training, record = checkpoint.training, checkpoint.record
+        training, record = checkpoint.training_of(self._ranks.rank), checkpoint.record
         try:
             checkpoint.load_model(self._model)
             self._parts.restore(training)
+            agreement.check_structure(self._model, training.step, self._ranks)
         except BaseException:
             self.cost.close()
             self._protocol.close()
             self._model.observers.remove(self._on_transition)
+            self._ranks.close()
             raise
         self._epoch, self._step = training.epoch, training.step
         self._epoch_first_step = training.epoch_first_step
@@ -331,7 +357,7 @@ class Session:
 
     def _close_link(self) -> None:
         self._link.close()
-        self.history.plane_failure = self._link.failure
+        self.history.plane_failure = self._link.failure or self._failure
 
     def _warn_of_strangers(self) -> None:
         model = self._model
@@ -391,6 +417,8 @@ class Session:
         self._link.report(report)
 
     def _consult(self, record: EpochRecord, *, apply: bool) -> None:
+        if self._ranks.is_shared:
+            self._model.pool(self._ranks.collect(self._model.runtime()))
         graph = self._model.host_graph()
         self._link.compile(signatures(self._model))
         observation = controller_pb2.Observation(
@@ -426,10 +454,17 @@ class Session:
             advice = self._link.wait(self._epoch, self._config.lockstep_timeout_s)
         else:
             advice = self._link.take()
+        complete = [self._decisions.complete(item) for item in advice]
+        shared, self._failure = agreement.shared_advice(
+            complete, self._link.failure, self._epoch, self._ranks
+        )
         if apply:
-            for item in sorted(advice, key=lambda item: -item.decision.urgency):
+            for item in sorted(shared, key=lambda item: -item.decision.urgency):
                 self._taken.append(AdviceState.of(item, self._epoch))
                 self._apply(item)
+        agreement.check_structure(self._model, self._step, self._ranks)
+        newborns = [self._model.seed_parameters(*key) for key in self._protocol.live]
+        agreement.share((weight for weights in newborns for weight in weights), self._ranks)
 
     def _apply(self, advice: Advice) -> None:
         decision = advice.decision

@@ -8,6 +8,7 @@ know and has told others; no rollback undoes it.
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
@@ -67,6 +68,43 @@ class TrainingState:
     fixed: list[str]
     stateful: dict[str, Opaque]
     random: RandomState
+
+
+@dataclass(frozen=True, slots=True)
+class RankState:
+    """What each process of a run has for itself; all else is the same in all of them.
+
+    Attributes:
+        runtime: What its model has lived through.
+        stateful: State of what the user has handed to the session, by name.
+        random: Its global random generators.
+    """
+
+    runtime: ModelRuntime
+    stateful: dict[str, Opaque]
+    random: RandomState
+
+    @classmethod
+    def of(cls, training: TrainingState) -> "RankState":
+        """Returns the part of a state that belongs to its process."""
+        return cls(training.runtime, training.stateful, training.random)
+
+    def within(self, training: TrainingState) -> TrainingState:
+        """Returns another process's state with this process's part in it."""
+        return replace(training, runtime=self.runtime, stateful=self.stateful, random=self.random)
+
+
+def of_a_newcomer(training: TrainingState) -> TrainingState:
+    """Returns the state of a process that the run did not have before.
+
+    It has measured nothing, and goes on with its own random generators.
+
+    Args:
+        training: State of the first process.
+    """
+    slots = {name: replace(slot, telemetry=None) for name, slot in training.runtime.slots.items()}
+    runtime = replace(training.runtime, slots=slots)
+    return replace(training, runtime=runtime, random=randomness.capture())
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +190,14 @@ class TrainingParts:
     def capture(self, epoch: int, step: int, epoch_first_step: int) -> TrainingState:
         """Returns the state between two steps; its tensors are those of the parts themselves."""
         names = parameter_names(self.model)
+        optimizers = [optimizer_state.capture(optimizer, names) for optimizer in self.optimizers]
+        for optimizer, state in zip(self.optimizers, optimizers, strict=True):
+            self.protocol.enter_fossils(optimizer, state, names)
         return TrainingState(
             epoch=epoch,
             step=step,
             epoch_first_step=epoch_first_step,
-            optimizers=[optimizer_state.capture(o, names) for o in self.optimizers],
+            optimizers=optimizers,
             grafts=self.protocol.state(names),
             runtime=self.model.runtime(),
             fixed=[name for name, p in self.model.named_parameters() if not p.requires_grad],

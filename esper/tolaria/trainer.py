@@ -136,6 +136,9 @@ class Trainer:
         mode: ``async``, ``lockstep`` or ``replay``, see ``Session``.
         replay: The run to replay, see ``Session``.
         config: Growth configuration; ``None`` means the defaults.
+        parallel: What is called in the model's place to train it, such as the
+            ``DistributedDataParallel`` around it; ``None`` means the model itself. ``train`` then
+            gives this process's part of each batch.
         on_epoch: Called with every epoch's record, for schedulers, progress bars and logs.
         stateful: What else the training consists of, see ``Session``; not the data's position,
             which the trainer keeps itself.
@@ -160,6 +163,7 @@ class Trainer:
         plane: Address | None = None,
         mode: Mode = "async",
         config: EsperConfig | None = None,
+        parallel: nn.Module | None = None,
         on_epoch: Callable[[EpochRecord], None] | None = None,
         stateful: Mapping[str, Stateful] | None = None,
         checkpoints: Checkpoints | None = None,
@@ -173,6 +177,7 @@ class Trainer:
             raise ValueError(f"save_every_steps is {save_every_steps}, but it must be at least 1")
         self.model = model
         self.optimizer = optimizer
+        self._parallel = model if parallel is None else parallel
         self._train = train
         self._loss = loss
         self._epochs = epochs
@@ -225,7 +230,7 @@ class Trainer:
         position = self._position
         self.num_samples = 0
         for batch in position.rest_of(lambda: self._batches(epoch)):
-            total, num_samples = train_step(self.model, self.optimizer, batch, self._loss)
+            total, num_samples = train_step(self._parallel, self.optimizer, batch, self._loss)
             position.add(total, num_samples)
             self.num_samples += num_samples
             if self._save_every_steps and session.step % self._save_every_steps == 0:

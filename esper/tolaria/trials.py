@@ -18,6 +18,7 @@ from esper.tolaria.evaluation import trial_level
 from esper.tolaria.history import TrialRecord
 from esper.tolaria.protocol import GraftProtocol
 from esper.tolaria.protocol import LiveGraft
+from esper.tolaria.ranks import Ranks
 
 
 class Trials:
@@ -30,6 +31,7 @@ class Trials:
         protocol: Knows which grafts are due, and carries out the verdicts.
         cost: Is charged for every pass over the held-out data.
         config: Level of the test over the run, and the price of a seed.
+        ranks: The processes that share the work; all of them reach the same verdicts.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Trials:
         protocol: GraftProtocol,
         cost: TrainingCost,
         config: EsperConfig,
+        ranks: Ranks,
     ) -> None:
         self._model = model
         self._held_out = held_out
@@ -47,6 +50,7 @@ class Trials:
         self._protocol = protocol
         self._cost = cost
         self._config = config
+        self._ranks = ranks
 
     def hold(self, epoch: int, records: list[TrialRecord]) -> Tensor | None:
         """Brings every graft that is due to its verdict.
@@ -73,12 +77,13 @@ class Trials:
                 without_seed = self._losses()
             self._cost.add_trial(len(without_seed))
             flops = flops_per_sample(self._model, graft.slot, graft.kernel)
-            trial = paired_trial(
+            measured = paired_trial(
                 with_seed,
                 without_seed,
                 level=trial_level(self._significance(graft), len(records) + 1),
                 price=self._config.budget.min_gain_per_mflop * flops / 1e6,
             )
+            trial = self._ranks.broadcast(measured)
             records.append(
                 TrialRecord(
                     epoch=epoch,
@@ -101,7 +106,7 @@ class Trials:
         return with_seed
 
     def _losses(self) -> Tensor:
-        return sample_losses(self._model, self._held_out, self._loss)
+        return sample_losses(self._model, self._held_out, self._loss, self._ranks)
 
     def _significance(self, graft: LiveGraft) -> float:
         if graft.plan.HasField("significance"):

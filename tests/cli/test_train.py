@@ -1,6 +1,7 @@
 """`esper train` and what can be done with its runs, as a user would."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -163,6 +164,34 @@ def test_a_killed_run_goes_on_to_the_same_end(run: Path, tmp_path: Path) -> None
             key: theirs[key] for key in theirs if key not in times
         }
     assert (folder / "events.jsonl").read_text() == (run / "events.jsonl").read_text()
+
+
+@pytest.mark.timeout(900)  # four torch processes on a machine that may be busy
+def test_two_processes_make_one_run(tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    train = ["--no-python", ESPER, "train", CONFIG, "--out", folder, "--epochs", 4]
+    done = subprocess.run(
+        [*launcher, *map(str, train)],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=840,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^epoch \d+/4 .* samples/s", done.stdout, re.M)) == 4  # told once
+    metrics = lines(folder / "metrics.jsonl")
+    steps_per_epoch = len(tasks.get("digits").train_batches(0, 0))
+    assert [row["step"] for row in metrics] == [steps_per_epoch * n for n in range(1, 5)]
+    assert any(row["to"] == "FOSSILIZED" for row in lines(folder / "events.jsonl"))
+    manifests = [json.loads(p.read_text()) for p in folder.glob("checkpoints/*/checkpoint.json")]
+    assert manifests and all(manifest["num_ranks"] == 2 for manifest in manifests)
+    info = json.loads((folder / "run.json").read_text())
+    assert info["status"] == "finished"
+    task = tasks.get("digits")
+    model = artifacts.load(folder / "model", task.host())
+    assert task.accuracy(model, task.test) == info["results"]["test_accuracy"] > 0.5
+    assert esper("runs", "verify", folder).returncode == 0
 
 
 def test_without_growth_the_host_stays_as_it_is(tmp_path: Path) -> None:

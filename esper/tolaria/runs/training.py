@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dataclasses import replace
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler
 
@@ -19,6 +20,7 @@ from esper.plane import EmbeddedPlane
 from esper.tolaria.checkpoint import Checkpoints
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.report import versions
+from esper.tolaria.runs import processes
 from esper.tolaria.runs.config import OptimizerConfig
 from esper.tolaria.runs.config import RunConfig
 from esper.tolaria.runs.config import dump_config
@@ -43,6 +45,9 @@ def train(
 ) -> RunInfo:
     """Trains what a configuration describes, into a run folder.
 
+    Where ``torch.distributed`` is initialised, all processes call this and share each batch of the
+    task; the first one alone writes, logs and talks to the plane.
+
     A run that was interrupted goes on from its newest sound checkpoint with ``resume``; in
     ``lockstep`` mode it ends as if it had never stopped, to the bit.
 
@@ -55,7 +60,7 @@ def train(
         progress: Told of every epoch.
 
     Returns:
-        What run.json says at the end.
+        What run.json says at the end; without results in all processes but the first.
 
     Raises:
         ValueError: If the folder holds a run and ``resume`` was not asked for, or the
@@ -64,7 +69,9 @@ def train(
     """
     if not resume and folder.exists():
         raise ValueError(f"{folder.path} holds a run already: resume it, or choose another folder")
+    rank, num_ranks = processes.place()
     task = config.load_task()
+    processes.check_batch_size(task.batch_size, num_ranks)
     model = wrap(
         config.build_host(task),
         target_layers=_target_layers(config),
@@ -73,8 +80,9 @@ def train(
     )
     optimizer = make_optimizer(model, config.optimizer)
     scheduler = make_scheduler(optimizer, config.optimizer)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.write_config(dump_config(config))
+    if rank == 0:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.write_config(dump_config(config))
     info = RunInfo(
         run="",
         task=config.task,
@@ -83,23 +91,33 @@ def train(
         plane=plane,
         versions=versions(),
     )
-    log = _Log(folder, info, optimizer, scheduler, loggers, progress)
+    log = _Log(folder, info, optimizer, num_ranks, loggers, progress)
+    trainer: Trainer
+
+    def on_epoch(record: EpochRecord) -> None:
+        if rank == 0:
+            log.epoch(trainer, record)
+        _step(scheduler, record)
+
     with contextlib.ExitStack() as stack:
         for logger in loggers:
             stack.callback(logger.close)
-        if plane is None:
+        if plane is None and rank == 0:
             plane = stack.enter_context(EmbeddedPlane(folder.path / "plane")).address
         trainer = Trainer(
             model,
             optimizer,
-            train=lambda epoch: task.train_batches(config.seed, epoch),
+            train=lambda epoch: processes.shares(
+                task.train_batches(config.seed, epoch), rank, num_ranks
+            ),
             held_out=task.held_out_batches(),
             loss=task.loss,
             epochs=config.epochs,
             plane=plane,
             mode=config.mode,
             config=_growth(config),
-            on_epoch=lambda record: log.epoch(trainer, record),
+            parallel=DistributedDataParallel(model) if num_ranks > 1 else None,
+            on_epoch=on_epoch,
             stateful={} if scheduler is None else {"scheduler": scheduler},
             checkpoints=Checkpoints(
                 folder.path / "checkpoints",
@@ -113,8 +131,11 @@ def train(
             history = trainer.fit()
         except BaseException:
             info.status = "failed"
-            folder.write_info(info)
+            if rank == 0:
+                folder.write_info(info)
             raise
+    if rank != 0:
+        return info
     folder.write_history(history)
     save(model, folder.model_path, task=config.task, history=history.events)
     info.results = {
@@ -133,7 +154,7 @@ class _Log:
     folder: RunFolder
     info: RunInfo
     optimizer: Optimizer
-    scheduler: lr_scheduler.LRScheduler | None
+    num_ranks: int
     loggers: Sequence[RunLogger]
     progress: Progress
 
@@ -155,10 +176,9 @@ class _Log:
             parameters=record.parameters,
             flops=record.flops,
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
-            samples_per_s=trainer.num_samples / wall_s,
+            samples_per_s=trainer.num_samples * self.num_ranks / wall_s,
             wall_s=wall_s,
         )
-        _step(self.scheduler, record)
         self._epochs = [one for one in self._epochs if one.epoch < record.epoch] + [metrics]
         self.folder.write_epochs(self._epochs)
         self.folder.write_history(session.history)

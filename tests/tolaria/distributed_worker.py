@@ -1,0 +1,196 @@
+"""One of the processes that grow a model together; torchrun starts it for test_distributed.py.
+
+distributed_worker.py MODE FOLDER PLANE
+"""
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import distributed
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import esper
+from esper.config import Candidate
+from esper.config import EsperConfig
+from esper.config import GraftConfig
+from esper.config import GrowthConfig
+from esper.kasmina import MorphableModel
+from esper.tolaria import Checkpoints
+from esper.tolaria import Session
+from esper.tolaria import tasks
+from esper.tolaria.agreement import check_steps
+from esper.tolaria.agreement import check_structure
+from esper.tolaria.evaluation import sample_losses
+from esper.tolaria.ranks import Ranks
+
+TASK = tasks.get("digits")
+CONFIG = EsperConfig(
+    candidates=(Candidate(blueprint="widen", ranks=(8,)),),
+    graft=GraftConfig(training_steps=5, ramp_steps=8, stabilization_steps=2),
+    # Two places score nearly the same, and the last digit of a score depends on who measured it.
+    growth=GrowthConfig(where="random", min_score_ratio=0.0, rest_epochs=0),
+    significance=0.5,
+    telemetry_interval=4,
+)
+EPOCHS = 6
+BATCH = 128
+HELD_OUT = TASK.validation.batches(150)  # three batches: the second rank has one less
+
+
+def wrapped() -> MorphableModel:
+    """A new model, equal in all processes."""
+    return esper.wrap(TASK.host(0), target_layers=["net"], seeds_per_layer=2)
+
+
+def train(
+    model: MorphableModel,
+    module: nn.Module,
+    plane: str,
+    folder: Path,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    after_step: Callable[[Session], None] = lambda session: None,
+) -> Session:
+    """Trains in a user's plain loop, with a checkpoint after every epoch.
+
+    Args:
+        model: The wrapped model.
+        module: What is called to train it: itself, or what wraps it.
+        plane: Address of the plane.
+        folder: Where the checkpoints go, and what the run goes on from.
+        rank: Which part of each global batch this process trains on.
+        size: How many parts there are.
+        after_step: Called after every step.
+    """
+    rows = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+    checkpoints = Checkpoints(folder, keep_last=EPOCHS)
+    with esper.session(
+        model,
+        optimizer,
+        epochs=EPOCHS,
+        held_out=HELD_OUT,
+        loss=TASK.loss,
+        plane=plane,
+        mode="lockstep",
+        config=CONFIG,
+        stateful={"schedule": schedule},
+        resume=checkpoints.latest(),
+    ) as session:
+        after_step(session)
+        for _ in range(session.epoch, EPOCHS):
+            model.train()
+            total = 0.0
+            batches = TASK.train.batches(BATCH)[:-1]
+            for inputs, targets in batches:
+                loss = TASK.loss(module, (inputs[rows], targets[rows])).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += float(loss.detach())
+                after_step(session)
+            session.epoch_end(train_loss=total / len(batches))
+            schedule.step()
+            session.save(checkpoints.path(session.step))
+            checkpoints.prune()
+    return session
+
+
+def seed_all(seed: int) -> None:
+    """Seeds every global random generator; a checkpoint keeps them all."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def sharded() -> MorphableModel:
+    """The model, spread over the processes."""
+    model = wrapped()
+    for layer in model.host.net:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
+    return fully_shard(model)
+
+
+def grow(plane: str, folder: Path) -> None:
+    """Grows one model under DDP and one that is sharded, and goes on with the latter."""
+    rank = distributed.get_rank()
+    seed_all(rank)
+    model = wrapped()
+    train(model, DistributedDataParallel(model), plane, folder / "ddp", rank=rank, size=2)
+    model = sharded()
+    train(model, model, plane, folder / "fsdp", rank=rank, size=2)
+    model = sharded()
+    seed_all(7)
+    session = train(model, model, plane, folder / "fsdp", rank=rank, size=2)
+    assert session.epoch == EPOCHS
+    esper.save(model, folder / "model")
+    disagree(folder, rank)
+
+
+def disagree(folder: Path, rank: int) -> None:
+    """Lets the ranks differ, and writes down what each is told of it."""
+    ranks = Ranks()
+    model = wrapped()
+    model(TASK.train.inputs[:2])
+    with (folder / f"told-{rank}").open("w") as told:
+
+        def attempt(what: Callable[[], object]) -> None:
+            try:
+                what()
+            except (RuntimeError, ValueError) as error:
+                print(f"{type(error).__name__}: {error}", file=told)
+
+        attempt(lambda: sample_losses(model, HELD_OUT[rank:], TASK.loss, ranks))
+        attempt(lambda: check_steps(5 + rank, ranks))
+        if rank == 1:
+            model.germinate("net", 1, "widen", rank=8)
+        attempt(lambda: check_structure(model, 5, ranks))
+    both, one, none = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    both.grad = torch.tensor([1.0, 2.0]) * (rank + 1)
+    if rank == 1:
+        one.grad = torch.tensor([4.0, 8.0])
+    ranks.average_gradients([both, one, none])
+    assert both.grad.tolist() == [1.5, 3.0]
+    assert one.grad is not None and one.grad.tolist() == [2.0, 4.0]
+    assert none.grad is None
+
+
+def elastic(plane: str, folder: Path) -> None:
+    """Grows as under DDP; the second process is killed once, in the middle of an epoch."""
+    rank = distributed.get_rank()
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    seed_all(rank + 10 * attempt)
+
+    def after_step(session: Session) -> None:
+        with (folder / f"steps-{rank}-{attempt}").open("a") as steps:
+            print(session.step, file=steps)
+        if rank == 1 and attempt == 0 and session.step == 36:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model = wrapped()
+    parallel = DistributedDataParallel(model)
+    train(model, parallel, plane, folder, rank=rank, size=2, after_step=after_step)
+
+
+def main() -> None:
+    mode, folder, plane = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    distributed.init_process_group("gloo")
+    try:
+        {"grow": grow, "elastic": elastic}[mode](plane, folder)
+    finally:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
