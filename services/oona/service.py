@@ -68,6 +68,7 @@ class EventServicer(event_pb2_grpc.EventServiceServicer):
                 async for request in request_iterator:
                     require(validate.publish(request))
                     offset = asyncio.wrap_future(self._log.append(request))
+                    offset.add_done_callback(_take_note)
                     await pending.put((request.request_id, offset))
             except Exception as problem:  # raised below, once what came before is acknowledged
                 end = problem
@@ -163,6 +164,12 @@ class EventServicer(event_pb2_grpc.EventServiceServicer):
         async with aclosing(in_steps(iter(checker))) as steps:
             async for step in steps:
                 yield step
+
+
+def _take_note(offset: "asyncio.Future[int]") -> None:
+    """Looks at the outcome of an event whose stream may have ended before it."""
+    if not offset.cancelled():
+        offset.exception()
 
 
 class OonaService:
