@@ -26,7 +26,7 @@ from esper.plane.launch import server_environment
 from esper.services.serving.shell import ServerConfig
 from esper.services.serving.shell import serve
 
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 100
 
 
 @dataclass

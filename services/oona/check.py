@@ -22,6 +22,7 @@ from esper.services.oona.topics import TopicState
 from esper.services.oona.topics import event_key
 from esper.services.oona.topics import group_prefix
 from esper.services.oona.topics import topic_key
+from esper.services.serving import metrics
 from esper.services.store.copies import copied_rows
 from esper.services.store.copies import structure_problems
 from esper.services.store.engine import Store
@@ -164,7 +165,9 @@ class Checker:
             row.put(topic_key(topic), state.encode(), db=topics)
             return True
 
-        return self._store.submit(work, frees=True).result()
+        aside = self._store.submit(work, frees=True).result()
+        metrics.QUARANTINED.labels("event").inc(aside)
+        return aside
 
 
 class _Copy:

@@ -26,6 +26,10 @@ READ_SECONDS = Histogram(
 )
 ROW_FILE_BYTES = Gauge("esper_store_row_file_bytes", "Size of the file with the rows.", ["store"])
 QUEUE_LENGTH = Gauge("esper_store_queued_writes", "Writes that wait for the writer.", ["store"])
+BLOBS = Gauge("esper_blobs", "Blobs stored.")
+BLOB_BYTES = Gauge("esper_blob_bytes", "Size of the blobs stored.")
+GARBAGE_BYTES = Counter("esper_garbage_bytes", "Size of the blobs that were collected as garbage.")
+QUARANTINED = Counter("esper_quarantined", "Damaged things that were put aside.", ["kind"])
 
 
 def expose(address: str) -> int:

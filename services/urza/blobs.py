@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from esper.common.v1 import digest_pb2
+from esper.services.serving import metrics
 from esper.services.serving.errors import ServiceError
 from esper.services.serving.errors import aborted
 from esper.services.serving.errors import data_loss
@@ -353,6 +354,7 @@ class BlobStore:
 
         if self._store.submit(work, frees=True).result():
             LOG.error("%s is damaged at rest: put into quarantine as %s", blob_name(digest), aside)
+            metrics.QUARANTINED.labels("blob").inc()
             self.room.count(-1, -digest.size_bytes)
             if isinstance(found, bytes):
                 aside.write_bytes(found)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from esper.common.v1 import digest_pb2
+from esper.services.serving import metrics
 from esper.services.store.engine import Store
 from esper.services.urza.blobs import TABLE as BLOB_TABLE
 from esper.services.urza.blobs import BlobStore
@@ -52,6 +53,8 @@ def collect(
             outcome.num_uploads += 1
             if not dry_run:
                 Path(entry.path).unlink(missing_ok=True)
+    if not dry_run:
+        metrics.GARBAGE_BYTES.inc(outcome.blob_bytes)
     return outcome
 
 

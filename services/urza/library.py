@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from esper.common.v1 import kernel_pb2
+from esper.services.serving import metrics
 from esper.services.serving.checks import effective_page_size
 from esper.services.serving.errors import aborted
 from esper.services.serving.errors import precondition
@@ -386,7 +387,9 @@ class Library:
             row.put(report_name(key).encode(), value, db=self._store.table(QUARANTINE_TABLE))
             return True
 
-        return self._store.submit(work, frees=True).result()
+        aside = self._store.submit(work, frees=True).result()
+        metrics.QUARANTINED.labels("report").inc(aside)
+        return aside
 
     # ------------------------------------------------------------ relations and revisions
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
+from esper.services.serving import metrics
 from esper.services.serving.checks import effective_page_size
 from esper.services.serving.errors import ServiceError
 from esper.services.serving.errors import data_loss
@@ -124,7 +125,9 @@ class Records(Generic[Record]):
             row.put(name.encode(), value, db=self._quarantined)
             return True
 
-        return self._store.submit(work, frees=True).result()
+        aside = self._store.submit(work, frees=True).result()
+        metrics.QUARANTINED.labels("record").inc(aside)
+        return aside
 
     def check_index(self) -> Iterator[str]:
         """Yields what is wrong with the index, in sentences."""

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from esper.services.serving import metrics
 from esper.services.serving.errors import exhausted
 from esper.services.store.files import free_bytes
 from esper.services.store.limits import RETRY_AFTER_S
@@ -73,6 +74,8 @@ class Room:
         with self._lock:
             self.num_stored += num_blobs
             self.stored_bytes += size_bytes
+            metrics.BLOBS.set(self.num_stored)
+            metrics.BLOB_BYTES.set(self.stored_bytes)
 
     def _pass_soft_limit(self, what: str) -> None:
         LOG.warning("blobs near the end of %s", what)

@@ -13,10 +13,11 @@ from esper.common.rpc import RpcError
 from esper.plane import connect
 from esper.services.serving import metrics
 from esper.services.serving.context import StartupError
+from esper.urza.admin import StoreAdmin
 
 
 def scrape(port: int) -> dict[tuple[str, tuple[str, ...]], float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         families = text_string_to_metric_families(answer.read().decode())
         return {
             (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
@@ -34,7 +35,7 @@ def metrics_port(log: Path) -> int:
 def test_calls_and_writes_are_counted(start_server) -> None:
     server = start_server("urza", metrics="127.0.0.1:0")
     port = metrics_port(server.log)
-    with connect(server.address, timeout_s=30) as plane:
+    with connect(server.address, timeout_s=60) as plane:
         before = scrape(port)
         for _ in range(3):
             plane.urza.write_blob(os.urandom(10))
@@ -42,9 +43,19 @@ def test_calls_and_writes_are_counted(start_server) -> None:
             plane.urza.get_kernel("kernels/" + 64 * "0")
         service = "/esper.urza.v1"
         missing = ("esper_calls_total", ("NOT_FOUND", f"{service}.LibraryService/GetKernel"))
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 60
         while missing not in (after := scrape(port)):  # counted once the answer is out
             assert time.monotonic() < deadline_s
+        digest = plane.urza.write_blob(bytes(100_000))
+        (server.data / "urza/blobs/files" / digest.hash[:2] / digest.hash).write_bytes(b"damaged")
+        with pytest.raises(RpcError, match="DATA_LOSS"):
+            plane.urza.read_blob(digest)
+        StoreAdmin(plane.channel("urza")).collect_garbage(0)
+        last = scrape(port)
+    assert (after["esper_blobs", ()], after["esper_blob_bytes", ()]) == (3, 30)
+    assert last["esper_quarantined_total", ("blob",)] == 1
+    assert last["esper_garbage_bytes_total", ()] == 30
+    assert (last["esper_blobs", ()], last["esper_blob_bytes", ()]) == (0, 0)
     assert after[missing] == 1
     assert after["esper_calls_total", ("OK", f"{service}.BlobService/WriteBlob")] == 3
     assert after["esper_call_seconds_count", (f"{service}.BlobService/WriteBlob",)] == 3
