@@ -14,6 +14,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.timing import ROUNDS
 from benchmarks.timing import Work
 from benchmarks.timing import interleaved
 from benchmarks.timing import peak_bytes
@@ -37,8 +38,12 @@ SideBySide = Callable[..., None]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the choice of the grid."""
     parser.addoption(
-        "--whole-grid", action="store_true", help="every shape, which takes hours; default: some"
+        "--whole-grid", action="store_true", help="every shape; default: some that stand for them"
     )
+    parser.addoption(
+        "--with-compile", action="store_true", help="torch.compile forms as well, minutes a shape"
+    )
+    parser.addoption("--rounds", type=int, default=ROUNDS, help="rounds that are measured at most")
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +67,8 @@ def side_by_side(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) ->
     ) -> None:
         # What does counted work computes; the rest may wait for other processes.
         clock = time.perf_counter if work is None else time.process_time
-        medians = interleaved({"ours": ours, **others}, clock=clock)
+        rounds = request.config.getoption("rounds")
+        medians = interleaved({"ours": ours, **others}, clock=clock, rounds=rounds)
         ratios = {name: medians[name] / medians["ours"] for name in others}
         benchmark.group = group
         benchmark.extra_info["median_over_ours"] = ratios
@@ -73,7 +79,7 @@ def side_by_side(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) ->
             benchmark.extra_info["share_of_roofline"] = roofline
             benchmark.extra_info["peak_flops"] = peak_flops()
             benchmark.extra_info["peak_bytes"] = peak_bytes()
-        benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
+        benchmark.pedantic(ours, rounds=min(5, rounds), warmup_rounds=1)
         _ROWS.append(_Row(group, request.node.name, medians["ours"], ratios, roofline))
 
     return run

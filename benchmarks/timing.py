@@ -4,12 +4,14 @@ Absolute times mean nothing on shared machines. One round calls every alternativ
 whatever slows the machine slows them all, and medians over the rounds are compared.
 """
 
+import ctypes
 import functools
 import statistics
 import time
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -39,6 +41,7 @@ def interleaved(
     contenders: Mapping[str, Callable[[], object]],
     budget_s: float = 4.0,
     clock: Callable[[], float] = time.process_time,
+    rounds: int = ROUNDS,
 ) -> dict[str, float]:
     """Returns the median seconds of each, over rounds that call each once.
 
@@ -47,12 +50,16 @@ def interleaved(
         clock: What measures. The processor's time, the default, suits what computes on one thread:
             a neighbour who takes the core away is not counted. What waits for others needs
             ``time.perf_counter``.
-        budget_s: Rounds end after this time, but not before ``LEAST_ROUNDS``.
+        budget_s: Rounds end after this time, but not before ``LEAST_ROUNDS``. Rounds that warm up
+            do not count: what has to be compiled is compiled in them.
+        rounds: At most so many rounds are measured.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    began = time.perf_counter()
-    for round_number in range(WARM_UP + ROUNDS):
-        measured = round_number - WARM_UP
+    warm_up = min(WARM_UP, rounds)
+    for round_number in range(warm_up + rounds):
+        measured = round_number - warm_up
+        if measured == 0:
+            began = time.perf_counter()
         if measured >= LEAST_ROUNDS and time.perf_counter() - began > budget_s:
             break
         for name, call in contenders.items():
@@ -87,3 +94,20 @@ def peak_bytes() -> float:
     source = torch.randn(1 << 21)
     to = torch.empty_like(source)
     return 2 * 4 * source.numel() / _fastest(lambda: to.copy_(source))
+
+
+def peak_of_temporaries(call: Callable[[], object]) -> float:
+    """Returns how far, in MB, the resident memory rises above its level before a call."""
+    call()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _resident("VmRSS")
+    call()
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")

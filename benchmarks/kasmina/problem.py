@@ -6,6 +6,7 @@ Alternatives: an eager loop over the seeds, a stacked ``torch.baddbmm``, ``torch
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from esper.kasmina.ops import SeedPlan
 from esper.kasmina.ops import slot_forward
 
 ALPHA = 0.7
+T = TypeVar("T")
 
 
 @dataclass
@@ -54,9 +56,9 @@ class Problem:
             draw(seeds, 1, chunk),
         ]
         single = [
-            tensor[seed].squeeze(0).detach().clone().requires_grad_()
-            for seed in range(seeds)
-            for tensor in stacked
+            part.detach().clone().requires_grad_()
+            for down, down_bias, up, up_bias in zip(*stacked, strict=True)
+            for part in (down, down_bias[0], up, up_bias[0])
         ]
         plan = [
             field
@@ -152,13 +154,6 @@ class Problem:
         """The eager alternatives by name."""
         return {"loop": self.loop, "bmm": self.bmm, "vmap": self.vmap}
 
-    def compiled(self) -> dict[str, Callable[[], Tensor]]:
-        """What ``torch.compile`` makes of the loop and of the stacked form."""
-        return {
-            f"compiled {name}": torch.compile(forward, dynamic=False)
-            for name, forward in (("loop", self.loop), ("bmm", self.bmm))
-        }
-
     @property
     def forward_work(self) -> Work:
         """Two products; h read and y written."""
@@ -173,6 +168,17 @@ class Problem:
     def rank(self) -> int:
         """Rank of every seed."""
         return self.stacked[0].shape[2]
+
+
+def with_compiled(calls: dict[str, Callable[[], T]]) -> dict[str, Callable[[], T]]:
+    """Returns the calls, and what ``torch.compile`` makes of the loop and of the stacked form.
+
+    They are compiled when they run for the first time.
+    """
+    torch.compiler.reset()
+    return calls | {
+        f"compiled {name}": torch.compile(calls[name], dynamic=False) for name in ("loop", "bmm")
+    }
 
 
 def first_of(call: Callable[[], tuple[Tensor, ...]]) -> Callable[[], Tensor]:

@@ -7,7 +7,6 @@ temporaries cost: what is set in the environment is written down with the figure
 """
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -27,9 +26,11 @@ from benchmarks.kasmina.lifecycle import ticking_bank
 from benchmarks.kasmina.problem import Problem
 from benchmarks.kasmina.problem import agreeing
 from benchmarks.kasmina.problem import first_of
+from benchmarks.kasmina.problem import with_compiled
 from benchmarks.timing import interleaved
 from benchmarks.timing import peak_bytes
 from benchmarks.timing import peak_flops
+from benchmarks.timing import peak_of_temporaries
 
 SHAPE = (2048, 768, 12, 16)
 ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
@@ -71,9 +72,11 @@ def _against_best(
 def slot_targets(compiled: bool) -> list[Target]:
     """One slot of 2048 tokens, 768 features and 12 seeds of rank 16."""
     problem = agreeing(*SHAPE)
-    others = problem.forwards() | (problem.compiled() if compiled else {})
     forward_s, both_s = problem.forward_work.least_s(), problem.training_work.least_s()
+    others = problem.forwards()
     measured = {name: problem.measured(call) for name, call in others.items()}
+    if compiled:
+        others, measured = with_compiled(others), with_compiled(measured)
 
     def telemetry() -> Tensor:
         return problem.ours(telemetry=True)
@@ -135,23 +138,6 @@ def lifecycle_targets() -> list[Target]:
     ]
 
 
-def peak_of_temporaries(call: Callable[[], object]) -> float:
-    """Returns how far, in MB, the resident memory rises above its level before a call."""
-    call()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _resident("VmRSS")
-    call()
-    return (_resident("VmHWM") - before) / 1024
-
-
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def memory() -> dict[str, float]:
     """Peak of what forward and backward of one slot take beside their inputs, in MB."""
     problem = Problem.make(*SHAPE)
@@ -180,12 +166,12 @@ def page(targets: list[Target], peaks: dict[str, float]) -> str:
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--compile", action="store_true", help="torch.compile forms as well")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile forms out")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--page", type=Path, help="where to write the table")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    targets = [*slot_targets(given.compile), *lifecycle_targets(), dormant_target()]
+    targets = [*slot_targets(not given.no_compile), *lifecycle_targets(), dormant_target()]
     peaks = memory()
     text = page(targets, peaks)
     print(text)

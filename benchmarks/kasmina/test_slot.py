@@ -1,18 +1,22 @@
 """One slot with many bottleneck seeds, against what a user would otherwise write.
 
 By default some shapes of the grid: one that stands for it, and its neighbours along tokens, seeds,
-rank and width. ``--whole-grid`` runs every shape, and compiled alternatives as well.
+rank and width. ``--whole-grid`` runs every shape, ``--with-compile`` what ``torch.compile`` makes
+of the loop and of the stacked form as well: minutes a shape, as every shape is compiled anew.
 """
 
 from collections.abc import Callable
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benchmarks.kasmina.problem import Problem
 from benchmarks.kasmina.problem import agreeing
 from benchmarks.kasmina.problem import first_of
+from benchmarks.kasmina.problem import with_compiled
+from benchmarks.timing import peak_of_temporaries
 
 TOKENS = (32, 512, 8192)
 WIDTHS = (64, 768, 4096)
@@ -55,19 +59,28 @@ def problem(shape: Shape) -> Problem:
     return agreeing(*shape)
 
 
-@pytest.fixture(scope="module")
-def others(problem: Problem, request: pytest.FixtureRequest) -> dict[str, Callable[[], Tensor]]:
-    whole = request.config.getoption("whole_grid")
-    return problem.forwards() | (problem.compiled() if whole else {})
+Forwards = dict[str, Callable[[], Tensor]]
+Measured = dict[str, Callable[[], tuple[Tensor, ...]]]
 
 
-def test_forward(side_by_side, problem: Problem, others) -> None:
+@pytest.fixture
+def others(problem: Problem, request: pytest.FixtureRequest) -> Forwards:
+    forwards = problem.forwards()
+    return with_compiled(forwards) if request.config.getoption("with_compile") else forwards
+
+
+@pytest.fixture
+def measured(problem: Problem, request: pytest.FixtureRequest) -> Measured:
+    calls = {name: problem.measured(forward) for name, forward in problem.forwards().items()}
+    return with_compiled(calls) if request.config.getoption("with_compile") else calls
+
+
+def test_forward(side_by_side, problem: Problem, others: Forwards) -> None:
     with torch.no_grad():
         side_by_side("forward", problem.ours, others, problem.forward_work)
 
 
-def test_forward_with_telemetry(side_by_side, problem: Problem, others) -> None:
-    measured = {name: problem.measured(forward) for name, forward in others.items()}
+def test_forward_with_telemetry(side_by_side, problem: Problem, measured: Measured) -> None:
     with torch.no_grad():
         side_by_side(
             "forward with telemetry",
@@ -77,21 +90,29 @@ def test_forward_with_telemetry(side_by_side, problem: Problem, others) -> None:
         )
 
 
-def test_forward_and_backward(side_by_side, problem: Problem, others) -> None:
+def test_forward_and_backward(side_by_side, problem: Problem, others: Forwards) -> None:
     trained = {name: problem.trained(forward) for name, forward in others.items()}
     side_by_side(
         "forward and backward", problem.trained(problem.ours), trained, problem.training_work
     )
 
 
-def test_forward_and_backward_with_telemetry(side_by_side, problem: Problem, others) -> None:
-    trained = {
-        name: problem.trained(first_of(problem.measured(forward)))
-        for name, forward in others.items()
-    }
+def test_forward_and_backward_with_telemetry(
+    side_by_side, problem: Problem, measured: Measured
+) -> None:
+    trained = {name: problem.trained(first_of(call)) for name, call in measured.items()}
     side_by_side(
         "forward and backward with telemetry",
         problem.trained(lambda: problem.ours(telemetry=True)),
         trained,
         problem.training_work,
     )
+
+
+def test_memory(benchmark: BenchmarkFixture, problem: Problem) -> None:
+    """Bytes that forward and backward take beside what is there before."""
+    calls = {"ours": problem.ours, **problem.forwards()}
+    peaks = {name: peak_of_temporaries(problem.trained(call)) for name, call in calls.items()}
+    benchmark.group = "peak of temporaries"
+    benchmark.extra_info["megabytes"] = peaks
+    benchmark.pedantic(problem.trained(problem.ours), rounds=1)

@@ -1,7 +1,9 @@
 // The operators on the CPU: operands in, workers over blocks of tokens, partial results reduced in order.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -10,6 +12,7 @@
 #include "kernels/cpu/memory.h"
 #include "kernels/cpu/pack.h"
 #include "kernels/cpu/slot.h"
+#include "ops/large.h"
 #include "ops/slot.h"
 #include "ops/spatial.h"
 #include "ops/views.h"
@@ -38,11 +41,16 @@ struct Division {
   }
 };
 
+// Whether other code computes a seed, after the slot kernels.
+bool is_elsewhere(const SlotCall& call, const PlannedSeed& seed) {
+  return is_spatial(seed.shape.family) || is_large(seed, call.compute_type);
+}
+
 Division divide(const SlotCall& call) {
   std::int64_t work = call.width;
   for (const auto& seed : call.seeds) {
     const auto& s = seed.shape;
-    if (is_spatial(s.family)) continue;
+    if (is_elsewhere(call, seed)) continue;
     work += (s.source_width * (s.gated ? 2 : 1) + s.width) * std::max<std::int64_t>(s.rank, 1);
   }
   const auto blocks = (call.tokens + cpu::kBlock - 1) / cpu::kBlock;
@@ -79,6 +87,7 @@ cpu::SlotJob<T> start_job(const SlotCall& call) {
     auto& packed = job.seeds.emplace_back();
     packed.shape = seed.shape;
     packed.scalars = seed.scalars;
+    packed.elsewhere = is_elsewhere(call, seed);
   }
   return job;
 }
@@ -135,6 +144,9 @@ class Passage {
       tensors.y = place(y, false);
       tensors.dh = place(dh, false);
       tensors.dx = place(dx, false);
+      const auto& result = y.defined() ? y : dh;
+      tensors.past = result.defined() && result.direct(tokens_) &&
+                     static_cast<std::int64_t>(result.tensor.nbytes()) >= cpu::kPastCache;
       body(tensors, rows);
       finish(y, tensors.y);
       finish(dh, tensors.dh);
@@ -175,8 +187,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tenso
                       telemetry ? partial.data() + worker * seeds : nullptr);
     });
   });
+  auto* rows = telemetry ? reinterpret_cast<ChunkStats*>(stats.template mutable_data_ptr<double>()) : nullptr;
   if (telemetry) {
-    auto* rows = reinterpret_cast<ChunkStats*>(stats.template mutable_data_ptr<double>());
     for (std::int64_t i = 0; i < seeds; ++i) {
       rows[i] = ChunkStats{};
       for (std::int64_t w = 0; w < division.workers; ++w) {
@@ -184,17 +196,15 @@ std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tenso
       }
     }
   }
+  forward_large(call, h, x, operands.owned, y.tensor, rows);
   return {y.tensor, std::move(stats)};
 }
 
 // Sum over the workers, in their order, of one gradient whose element (i, j) lies at i * row + j * column;
 // times alpha_bwd.
 template <class T>
-at::Tensor reduce(const T* accumulators, std::int64_t stride, std::int64_t workers, std::int64_t rows,
-                  std::int64_t columns, std::int64_t row, std::int64_t column, T alpha_bwd,
-                  const at::Tensor& param, at::ScalarType type) {
-  auto grad = at::empty(param.sizes(), param.options().dtype(type));
-  T* to = grad.template mutable_data_ptr<T>();
+void reduce(const T* accumulators, std::int64_t stride, std::int64_t workers, std::int64_t rows,
+            std::int64_t columns, std::int64_t row, std::int64_t column, T alpha_bwd, T* to) {
   for (std::int64_t i = 0; i < rows; ++i) {
     for (std::int64_t j = 0; j < columns; ++j) {
       T sum = 0;
@@ -202,7 +212,6 @@ at::Tensor reduce(const T* accumulators, std::int64_t stride, std::int64_t worke
       to[i * columns + j] = alpha_bwd * sum;
     }
   }
-  return grad.to(param.scalar_type());
 }
 
 template <class T>
@@ -222,7 +231,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
   auto job = start_job<T>(call);
   for (std::size_t i = 0; i < call.seeds.size(); ++i) {
     auto& seed = job.seeds[i];
-    if (is_spatial(seed.shape.family)) continue;
+    if (seed.elsewhere) continue;
     if (seed.scalars.alpha_bwd != 0.0f) {
       each_param<T>(call.seeds[i], [&](auto, std::size_t index, std::int64_t, std::int64_t) {
         seed.trains |= need[kNeedParams + index] != 0;
@@ -261,18 +270,19 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
                    base + layout.c, base + layout.B, base + layout.b};
     each_param<T>(call.seeds[i], [&](auto member, std::size_t index, std::int64_t rows,
                                      std::int64_t columns) {
-      const auto& param = params[index];
-      if (need[kNeedParams + index] == 0) {
-        dparams[index] = at::empty({0}, param.options());
-      } else if (!seed.trains) {
-        dparams[index] = at::empty(param.sizes(), param.options()).zero_();
-      } else {
-        const bool transposed = member == &SeedTensors<T>::A || member == &SeedTensors<T>::G;
-        dparams[index] = reduce<T>(at_worker_0.*member, grad_stride, division.workers, rows, columns,
-                                   transposed ? 1 : seed.width_p, transposed ? seed.source_p : 1, alpha,
-                                   param, call.compute_type);
-      }
+      if (need[kNeedParams + index] == 0 || !seed.trains) return;
+      const bool transposed = member == &SeedTensors<T>::A || member == &SeedTensors<T>::G;
+      dparams[index] = at::detail::empty_cpu(params[index].sizes(), call.compute_type);
+      reduce<T>(at_worker_0.*member, grad_stride, division.workers, rows, columns,
+                transposed ? 1 : seed.width_p, transposed ? seed.source_p : 1, alpha,
+                static_cast<T*>(dparams[index].mutable_data_ptr()));
     });
+  }
+  backward_large(call, dy, h, x, operands.owned, need, dh.tensor, dx.tensor, dparams);
+  for (std::size_t p = 0; p < params.size(); ++p) {
+    const bool needed = need[kNeedParams + p] != 0;
+    if (!dparams[p].defined()) dparams[p] = at::zeros(needed ? params[p].sizes() : at::IntArrayRef{0}, params[p].options());
+    dparams[p] = dparams[p].to(params[p].scalar_type());
   }
   const auto absent = [&] { return at::empty({0}, dy.options()); };
   return {need_dh ? dh.tensor : absent(), need_dx ? dx.tensor.to(x->scalar_type()) : absent(), std::move(dparams)};

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/movedim.h>
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 #include <optional>
 
 #include "kernels/cpu/slot.h"
+#include "ops/recycled.h"
 #include "ops/slot.h"
 
 namespace esper {
@@ -77,8 +77,8 @@ struct Viewed {
   static Viewed output(const at::Tensor& like, at::ScalarType type, bool planes) {
     Viewed result;
     const auto options = like.options().dtype(storable(like.scalar_type(), type) ? like.scalar_type() : type);
-    result.tensor = planes ? at::movedim(at::empty(at::movedim(like, -1, 1).sizes(), options), 1, -1)
-                           : at::empty(like.sizes(), options);
+    result.tensor = planes ? at::movedim(recycled_empty(at::movedim(like, -1, 1).sizes(), options), 1, -1)
+                           : recycled_empty(like.sizes(), options);
     result.view = *layout_of(result.tensor);
     result.view.element = element_of(result.tensor.scalar_type());
     result.view.data = result.tensor.mutable_data_ptr();

@@ -202,30 +202,6 @@ def test_merged_telemetry_equals_telemetry_of_the_whole():
         _C.merge_stats(acc.astype(np.float32), acc)
 
 
-def everything(slot: Slot) -> list[Tensor]:
-    slot = slot.with_grad()
-    y, stats = slot.run(telemetry=True)
-    y.backward(slot.h.detach().sin())
-    return [y, stats, slot.h.grad, slot.x.grad, *(p.grad for p in slot.params)]
-
-
-def test_results_repeat_to_the_bit():
-    slot = small_slot(GRAFTING, tokens=(700,))
-    threads = torch.get_num_threads()
-    at_threads = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            first = everything(slot)
-            for _ in range(100):
-                assert all(torch.equal(a, b) for a, b in zip(everything(slot), first, strict=True))
-            at_threads.append(first)
-    finally:
-        torch.set_num_threads(threads)
-    for one, two in zip(*at_threads, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-4)
-
-
 def test_non_contiguous_and_overlapping_inputs():
     slot = small_slot(tokens=(6, 5))
     wanted, _ = slot.run()

@@ -75,7 +75,7 @@ void pack(SlotJob<T>& job, const std::vector<SeedTensors<const T>>& tensors, boo
       auto& seed = job.seeds[i];
       const auto& shape = seed.shape;
       const auto& from = tensors[i];
-      if (is_spatial(shape.family)) continue;
+      if (seed.elsewhere) continue;
       seed.rank_p = round_up(shape.rank, lanes);
       seed.width_p = round_up(shape.width, lanes);
       seed.source_p = round_up(shape.source_width, lanes);

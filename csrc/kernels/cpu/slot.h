@@ -32,6 +32,7 @@ struct PackedSeed {
   const T* Bt = nullptr;                // [d, rank_p]; backward only
   const T *At = nullptr, *Gt = nullptr; // [r, source_p]; backward only, where the seed sends to its source
   T max_B = 0, max_b = 0;               // largest magnitudes; infinite where any element is not finite
+  bool elsewhere = false;               // other code computes it; here only its chunk is measured
   bool broken = false;                  // any parameter is not finite: every row is contained
   bool trains = false;                  // backward: wants the parameters' gradients
   bool sends = false;                   // backward: sends to its source
@@ -56,7 +57,12 @@ struct SlotTensors {
   const T* dy = nullptr;  // backward: [tokens, width]
   T* dh = nullptr;        // backward: [tokens, width] or null
   T* dx = nullptr;        // backward: [tokens, input_width] or null
+  bool past = false;      // whether y and dh are stored past the cache
 };
+
+// Results of at least so many bytes are stored past the cache: nobody finds them in L2 any more, and lines
+// that are written as a whole need not be fetched before.
+inline constexpr std::int64_t kPastCache = 4 << 20;
 
 // How the elements of a tensor are stored.
 enum class Element { kNative, kBFloat16, kHalf };
