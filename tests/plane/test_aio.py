@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import os
+import signal
 from collections.abc import AsyncIterator
 from collections.abc import Awaitable
 from collections.abc import Callable
@@ -144,6 +145,43 @@ def test_errors_name_field_and_rule(store_plane: Plane) -> None:
         assert caught.value.violations[0].field == "topic"
 
     in_loop(store_plane, work)
+
+
+def test_an_upload_goes_on_after_a_restart(start_server: Callable[..., object]) -> None:
+    server = start_server()
+    partial = server.data / "urza" / "blobs" / "partial"
+    data = os.urandom(48 << 20)
+
+    async def work() -> None:
+        async with make_async_channel(server.address) as channel, asyncio.timeout(2 * TIMEOUT_S):
+            urza = AsyncUrzaClient(channel)
+            writing = asyncio.create_task(urza.write_blob(data))
+            while not any(path.stat().st_size >= 2 << 20 for path in partial.iterdir()):
+                await asyncio.sleep(0.002)
+            server.stop(signal.SIGKILL)
+            assert not writing.done()
+            await asyncio.to_thread(start_server)
+            assert await urza.read_blob(await writing) == data
+
+    asyncio.run(work())
+
+
+def test_a_server_that_does_not_answer_is_given_up(start_server: Callable[..., object]) -> None:
+    server = start_server("oona")
+
+    async def work() -> None:
+        async with make_async_channel(server.address) as channel, asyncio.timeout(TIMEOUT_S):
+            oona = AsyncOonaClient(channel)
+            assert await oona.list_topics() == []
+            server.process.send_signal(signal.SIGSTOP)
+            with pytest.raises(RpcError) as caught:
+                await oona.publish("t", wrappers_pb2.Int32Value(value=1), timeout_s=0.5)
+            assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+            server.process.send_signal(signal.SIGCONT)
+            # The event may have been stored: nobody knows, unless it was given a request id.
+            await oona.publish("u", wrappers_pb2.Int32Value(value=1))
+
+    asyncio.run(work())
 
 
 def test_events_are_followed(store_plane: Plane) -> None:
