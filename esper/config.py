@@ -118,6 +118,9 @@ class GraftConfig:
         learning_rate_scale: Newborn learning rate over that of the host's parameter group.
         warmup_steps: Steps over which the newborn's learning rate rises linearly.
         freeze_fossils: Hold fossilised seeds still instead of training on.
+        fold_fossils: Make a seed without an activation (``lora``, ``affine``) part of its module's
+            weight as it fossilises, where the algebra allows it (``MorphableModel.fold``): it costs
+            no operation any more. A fossil that cannot be folded stays beside its host.
     """
 
     fan_in: str = "blueprint"
@@ -129,6 +132,7 @@ class GraftConfig:
     learning_rate_scale: float = 1.0
     warmup_steps: int = 5
     freeze_fossils: bool = False
+    fold_fossils: bool = False
 
     def __post_init__(self) -> None:
         for name in ("training_steps", "stabilization_steps", "fine_tuning_steps", "warmup_steps"):

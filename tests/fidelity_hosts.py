@@ -196,6 +196,18 @@ CASES = {
         {},
         None,
     ),
+    "no images": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1)),
+        (IMAGES[:0],),
+        {},
+        None,
+    ),
+    "one image, strided": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1)),
+        (IMAGES[:1].transpose(2, 3),),
+        {},
+        None,
+    ),
     "unbatched convolution": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)),
         (IMAGES[0],),
@@ -239,6 +251,12 @@ CASES = {
         KeywordAttention,
         (),
         {"query": SEQUENCE[:, :4], "memory": SEQUENCE},
+        None,
+    ),
+    "attention, sequence first": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)),
+        (SEQUENCE.transpose(0, 1),),
+        {},
         None,
     ),
     "encoder layer with dropout": (

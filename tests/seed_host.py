@@ -25,7 +25,8 @@ class Net(nn.Module):
 
 
 def to_state(model, slot, seed, state, blueprint="bottleneck", **hyperparameters):
-    model.germinate(slot, seed, blueprint, **(hyperparameters or {"rank": 2}))
+    usual = {} if blueprint in ("affine", "depthwise") else {"rank": 2}
+    model.germinate(slot, seed, blueprint, **(hyperparameters or usual))
     if state != State.GERMINATED:
         for stage in range(State.TRAINING, State[state] + 1):
             model.advance(slot, seed, stage)

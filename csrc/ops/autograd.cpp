@@ -48,9 +48,8 @@ struct Plan {
 // The rows of `scalars` that a plan names, as they are now; the bank may have moved on when backward runs.
 at::Tensor snapshot(const at::Tensor& scalars, Plan& plan) {
   const auto seeds = static_cast<std::int64_t>(plan.seeds());
-  at::Tensor rows;
-  if (readable(scalars)) {
-    rows = at::empty({seeds, 3}, scalars.options());
+  at::Tensor rows = at::empty({seeds, 3}, scalars.options());
+  if (readable(scalars) && readable(rows)) {  // an export traces with real scalars, but allocates fakes
     const auto* from = scalars.const_data_ptr<float>();
     auto* to = rows.mutable_data_ptr<float>();
     for (std::size_t i = 0; i < plan.seeds(); ++i) {
@@ -59,7 +58,7 @@ at::Tensor snapshot(const at::Tensor& scalars, Plan& plan) {
   } else {
     std::vector<at::Tensor> picked;
     for (std::size_t i = 0; i < plan.seeds(); ++i) picked.push_back(at::select(scalars, 0, plan.at(i, 0)));
-    rows = picked.empty() ? at::empty({0, 3}, scalars.options()) : at::stack(picked);
+    if (!picked.empty()) rows = at::stack(picked);
   }
   for (std::size_t i = 0; i < plan.seeds(); ++i) plan.at(i, 0) = static_cast<std::int64_t>(i);
   return rows;

@@ -77,7 +77,7 @@ def _live_grafts(model: MorphableModel, layer: KasminaLayer) -> dict[int, tuple[
     live: dict[int, tuple[Graft, float]] = {}
     for seed in range(layer.num_seeds):
         graft, alpha = layer.graft(seed), model.alpha(layer.name, seed)
-        if graft is not None and alpha > 0.0:
+        if graft is not None and not graft.is_noop and alpha > 0.0:
             live[seed] = (graft, alpha)
     return live
 

@@ -47,7 +47,7 @@ def _table(folders: list[RunFolder]) -> Table:
             "" if accuracy is None else f"{100 * accuracy:.2f} %",
             "" if last is None else f"{last.parameters:,}",
             "" if last is None else format_count(last.flops),
-            str(sum(event.after == "FOSSILIZED" for event in events)),
+            str(sum(event.before != event.after == "FOSSILIZED" for event in events)),
         )
     return table
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from esper.blueprints import ReferenceModule
 from esper.common.v1 import kernel_pb2
 from esper.kasmina.grafts import Graft
 from esper.kasmina.growth import GrowthProbe
@@ -19,7 +20,9 @@ from esper.kasmina.outputs import features_last
 from esper.kasmina.outputs import find_tensor
 from esper.kasmina.outputs import replace_tensor
 from esper.kasmina.outputs import restore_layout
+from esper.kasmina.reference import draws
 from esper.kasmina.reference import run_seed
+from esper.kasmina.reference import trace_seed
 from esper.kasmina.rows import SampledStep
 from esper.kasmina.sites import OutputPath
 from esper.kasmina.sites import Site
@@ -89,7 +92,7 @@ class KasminaLayer(nn.Module):
         self._states = (SeedLifecycleState.DORMANT,) * num_seeds
         self._native: tuple[int, ...] = ()
         self._plan: list[int] = []
-        self._param_slots: list[tuple[dict[str, nn.Parameter | None], str]] = []
+        self._param_slots: list[tuple[Graft, str]] = []
         self._graphs: tuple[int, ...] = ()
         self._reads_input = False
         self._handle: RemovableHandle | None = None
@@ -237,10 +240,9 @@ class KasminaLayer(nn.Module):
             native.append(seed)
             row = self._first_row + seed
             self._plan += graft.plan(row, *self.bounds[seed], len(self._param_slots)).pack()
-            # Looked up by name in each call: functional_call and sharding replace the tensors.
-            self._param_slots += [
-                (graft._parameters, spec.name) for spec in graft.kernel.parameters
-            ]
+            # Looked up in each call: functional_call and sharding replace the tensors, and
+            # torch.export the dictionary that holds them.
+            self._param_slots += [(graft, spec.name) for spec in graft.kernel.parameters]
         self._native, self._graphs = tuple(native), tuple(graphs)
         self._update_hook()
 
@@ -314,7 +316,7 @@ class KasminaLayer(nn.Module):
             )
         # A traced graph must not depend on counters; those of dropout's draws alone are kept.
         traced = torch.compiler.is_compiling()
-        if self._graphs or not traced:
+        if not traced or any(draws(network) for network in self._networks()):
             self.calls += 1
         sampled = self._sampled_step is not None
         x = self.inlet.take(args, kwargs)
@@ -376,7 +378,7 @@ class KasminaLayer(nn.Module):
         if self._native:
             params: list[Tensor] = []
             for owner, name in self._param_slots:
-                tensor = owner[name]
+                tensor = owner._parameters[name]
                 assert tensor is not None
                 fits = tensor.dtype is torch.float32 or tensor.dtype is h.dtype
                 params.append(tensor if fits else tensor.to(h.dtype))
@@ -386,6 +388,13 @@ class KasminaLayer(nn.Module):
             y = self._run_graph(seed, y, h, x, measure)
         return y, stats
 
+    def _networks(self) -> list[ReferenceModule]:
+        """The seeds that compute in the interpreter."""
+        grafts = [self.graft(seed) for seed in self._graphs]
+        return [
+            graft.network for graft in grafts if graft is not None and graft.network is not None
+        ]
+
     def _run_graph(
         self, seed: int, y: Tensor, h: Tensor, x: Tensor | None, measure: bool
     ) -> Tensor:
@@ -394,7 +403,10 @@ class KasminaLayer(nn.Module):
         begin, end = self.bounds[seed]
         source = x if graft.reads_input else h[..., begin:end]
         assert source is not None
-        alpha_fwd, alpha_bwd, gamma = self._scalars[self._first_row + seed].tolist()
+        scalars = self._scalars[self._first_row + seed]
+        if torch.compiler.is_compiling() and not draws(graft.network):
+            return trace_seed(graft.network, y, source, begin, scalars)
+        alpha_fwd, alpha_bwd, gamma = scalars.tolist()
         y, energy = run_seed(
             graft.network,
             y,

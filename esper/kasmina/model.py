@@ -28,6 +28,7 @@ from esper.common.v1 import lifecycle_pb2
 from esper.kasmina.cache import CachedKernel
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.comparison import Original
+from esper.kasmina.folding import fold
 from esper.kasmina.grafts import Graft
 from esper.kasmina.grafts import check_fit
 from esper.kasmina.grafts import check_parameters
@@ -267,6 +268,53 @@ class MorphableModel(SlottedModel):
                 *at, _SCHEDULES[schedule.kind], schedule.steps, schedule.start, end
             )
 
+    def fold(self, slot: str, seed: int, reason: str = "") -> list[nn.Parameter]:
+        """Makes a fossil part of the weight of its slot's module, where it costs nothing any more.
+
+        The module computes what it did with the seed, to rounding; its parameters stay the same
+        objects, optimizer state and all. The seed stays FOSSILIZED and holds the kernel ``noop``.
+        Observers are told of it as a move from FOSSILIZED to FOSSILIZED.
+
+        Args:
+            slot: Name of the slot, on a Linear or convolution.
+            seed: Index of a FOSSILIZED seed whose kernel has no activation, such as ``lora``.
+            reason: Why; handed to the observers.
+
+        Returns:
+            The seed's parameters, which the model has no more: an optimizer that trains them has to
+            give them up.
+
+        Raises:
+            ValueError: If the weight cannot stand for the seed (see ``esper.kasmina.folding``): the
+                message says why, and nothing has changed.
+        """
+        at, state, graft = (
+            self._at(slot, seed),
+            self.seed_state(slot, seed),
+            self._graft(slot, seed),
+        )
+        if state != SeedLifecycleState.FOSSILIZED or graft is None or self._bank.muted(*at):
+            what = "muted" if self._bank.muted(*at) else state.name
+            raise ValueError(
+                f"slot {slot!r}, seed {seed} is {what}, but only a FOSSILIZED seed that acts can "
+                "be folded"
+            )
+        layer = self.slots[slot]
+        kernel = lower(get("noop"), self.signature(slot, seed, blueprint_pb2.SEED_SOURCE_OUTPUT))
+        empty = Graft(kernel, kernel_digest(kernel), {}, place_of(layer, seed))
+        try:
+            fold(self.host, layer, seed, trains=not self._bank.frozen(*at))
+        except ValueError as error:
+            raise ValueError(f"slot {slot!r}, seed {seed} cannot be folded: {error}") from error
+        layer.remove(seed)
+        layer.plant(seed, empty.train(self.training))
+        self.kernel_cache.release(graft.digest)
+        self.kernel_cache.put(empty.digest, CachedKernel(kernel, None), in_use=True)
+        self._rebuild(slot)
+        reason = reason or f"folded into the weight of {slot}"
+        self._tell(Transition(slot, seed, state, state, graft.digest, reason))
+        return graft.ordered_parameters()
+
     def freeze_fossil(self, slot: str, seed: int, frozen: bool) -> None:
         """Says whether the seed stays still once it is FOSSILIZED; it trains on by default."""
         self._bank.set_frozen(*self._at(slot, seed), frozen)
@@ -420,7 +468,9 @@ class MorphableModel(SlottedModel):
         elif after == SeedLifecycleState.DORMANT:
             del self._emptied[slot, seed]
         self._rebuild(slot)
-        transition = Transition(slot, seed, before, after, digest, reason)
+        self._tell(Transition(slot, seed, before, after, digest, reason))
+
+    def _tell(self, transition: Transition) -> None:
         for observer in list(self.observers):
             observer(transition)
 

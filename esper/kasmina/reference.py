@@ -56,11 +56,50 @@ class _Blend(torch.autograd.Function):
         begin, end = ctx.chunk  # type: ignore[attr-defined]
         dg = None
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            dg = torch.where(finite, dy[..., begin:end], torch.zeros_like(dy[..., begin:end]))
+            dg = dy[..., begin:end].where(finite, 0.0)
         return dy, dg, None, None, None
 
 
+class _ScaleGradBy(torch.autograd.Function):
+    """The identity, its contained gradient times a scale that a traced graph reads as it runs."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, tensor: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return torch.nan_to_num(grads[0], nan=0.0, posinf=0.0, neginf=0.0) * scale, None
+
+
+class _BlendBy(torch.autograd.Function):
+    """As ``_Blend``, with an alpha that a traced graph reads as it runs."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, y: Tensor, g: Tensor, finite: Tensor, begin: int, alpha: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(finite)
+        end = begin + g.shape[-1]
+        ctx.chunk = (begin, end)  # type: ignore[attr-defined]
+        chunk = y[..., begin:end]
+        # At alpha 0 the chunk itself: a sum would turn its -0.0 into 0.0.
+        mixed = torch.where(finite & (alpha != 0.0), chunk + alpha * g, chunk)
+        return torch.slice_scatter(y, mixed, -1, begin, end)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        (finite,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        begin, end = ctx.chunk  # type: ignore[attr-defined]
+        return dy, dy[..., begin:end].where(finite, 0.0), None, None, None
+
+
 _contain: Callable[[Tensor], Tensor] = _Contain.apply
+_scale_grad_by: Callable[[Tensor, Tensor], Tensor] = _ScaleGradBy.apply
+_blend_by: Callable[[Tensor, Tensor, Tensor, int, Tensor], Tensor] = _BlendBy.apply
 _blend: Callable[[Tensor, Tensor, Tensor, int, float], Tensor] = _Blend.apply
 
 
@@ -111,10 +150,7 @@ def run_seed(
     fed = _contain(scale_grad(source, gamma)) if gamma != 0.0 else source.detach()
     fed = fed.to(y.dtype)
     with _own_randomness(network, draw_seed, y.device):
-        if network.channels_first:
-            g = functional_call(network, parameters, (fed.movedim(-1, 1),)).movedim(1, -1)
-        else:
-            g = functional_call(network, parameters, (fed,))
+        g = _call(network, parameters, fed)
     finite = torch.isfinite(g.detach()).all(dim=-1, keepdim=True)
     energy = None
     if measure:
@@ -123,10 +159,48 @@ def run_seed(
     return _blend(y, g, finite, begin, alpha_fwd), energy
 
 
+def trace_seed(
+    network: ReferenceModule, y: Tensor, source: Tensor, begin: int, scalars: Tensor
+) -> Tensor:
+    """Blends one seed into its chunk, in a graph that holds for every later value of its scalars.
+
+    So nothing is left out where a scalar is 0; gradients are zeros then.
+
+    Args:
+        network: The seed's function, which may not draw.
+        y: Output so far, [..., D].
+        source: What the seed reads, [..., S].
+        begin: First feature of the seed's chunk.
+        scalars: alpha_fwd, alpha_bwd and gamma, [3].
+    """
+    alpha_fwd, alpha_bwd, gamma = scalars.to(y.device).unbind()
+    parameters = {
+        name: _scale_grad_by(parameter, alpha_bwd).to(y.dtype)
+        for name, parameter in network.named_parameters()
+    }
+    g = _call(network, parameters, _scale_grad_by(source, gamma).to(y.dtype))
+    finite = torch.isfinite(g.detach()).all(dim=-1, keepdim=True)
+    return _blend_by(y, g, finite, begin, alpha_fwd)
+
+
+def draws(network: ReferenceModule) -> bool:
+    """Whether a seed's function draws random numbers as it stands."""
+    return network.training and any(step.op == "dropout" for step in network.steps)
+
+
+def _call(network: ReferenceModule, parameters: dict[str, Tensor], source: Tensor) -> Tensor:
+    """Runs a seed's function with other parameters; features last."""
+    if not network.channels_first:
+        g: Tensor = functional_call(network, parameters, (source,))
+        return g
+    planes: Tensor = functional_call(network, parameters, (source.movedim(-1, 1),))
+    return planes.movedim(1, -1)
+
+
 @contextlib.contextmanager
 def _own_randomness(network: ReferenceModule, seed: int, device: torch.device) -> Iterator[None]:
     """Lets dropout draw without moving the generators that the host draws from."""
-    if not network.training or all(step.op != "dropout" for step in network.steps):
+    if not draws(network):
         yield
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -13,6 +13,7 @@ from typing import overload
 import torch
 from torch import Tensor
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 
 from esper import _C
@@ -107,16 +108,32 @@ class SlottedModel(nn.Module):
     def forward(self, *args: object, **kwargs: object) -> object:
         """Runs the host with its seeds; inputs and outputs are the host's."""
         if torch.compiler.is_exporting() and self._active:
-            raise ValueError(
-                "seeds of the model are at work, which plain torch cannot run: export "
-                "esper.harden(model) instead"
-            )
+            return self._exported(args, kwargs)
         if torch.compiler.is_compiling():
             # A compiled graph is not guarded on hooks, but on what it reads: other seeds at work
             # are another structure, and that is another graph.
             assert self._structure == self._structure.strip()
             return self.host(*args, **kwargs)
         return self._sampler.forward(self.host, self.slots, self._active, args, kwargs)
+
+    def _exported(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """Runs the host under torch.export, with the seeds as they are now."""
+        if torch.compiler.is_dynamo_compiling():
+            raise ValueError(
+                "seeds of the model are at work, and strict export does not find their parameters "
+                "where they act: pass strict=False, or export esper.harden(model)"
+            )
+        # The program keeps the scalars as a constant, which must not be the bank's living memory.
+        with unset_fake_temporarily():
+            constant = torch.from_numpy(self._bank.scalars().copy())
+        slots = [self.slots[name] for name in self._active]
+        for layer in slots:
+            layer.bind(constant)
+        try:
+            return self.host(*args, **kwargs)
+        finally:
+            for layer in slots:
+                layer.bind(self._scalars)
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:
@@ -141,9 +158,9 @@ class SlottedModel(nn.Module):
 
     def _bind(self) -> None:
         """Points the slots at this model's bank, and notes whose they are."""
-        scalars = torch.from_numpy(self._bank.scalars())
+        self._scalars = torch.from_numpy(self._bank.scalars())
         for layer in self.slots.values():
-            layer.bind(scalars)
+            layer.bind(self._scalars)
             _OWNERS[layer.module] = weakref.ref(self)
 
     def release(self) -> nn.Module:

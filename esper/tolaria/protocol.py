@@ -5,6 +5,7 @@ and runs here, in the training process: isolated warm-up, alpha ramp, settling, 
 a plane that dies in the middle of a graft changes no live seed.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ from esper.tolaria.optimizers import NewbornState
 from esper.tolaria.optimizers import find_home
 from esper.tolaria.ranks import ALONE
 from esper.tolaria.ranks import Ranks
+
+_log = logging.getLogger("esper")
 
 State = SeedLifecycleState
 SeedKey = tuple[str, int]
@@ -414,13 +417,25 @@ class GraftProtocol:
     def _fossilize(self, graft: LiveGraft, reason: str) -> None:
         self._model.freeze_fossil(*graft.key, self._config.freeze_fossils)
         self._model.advance(*graft.key, State.FOSSILIZED, reason=reason)
+        folded = self._config.fold_fossils and self._fold(graft)
         if graft.optimizer is None:
             return
-        if self._ranks.is_shared:
+        if folded:
+            graft.optimizer.close()
+        elif self._ranks.is_shared:
             graft.optimizer.settle()
             self._fossils[graft.key] = graft.optimizer
         else:
             graft.optimizer.graduate()
+
+    def _fold(self, graft: LiveGraft) -> bool:
+        """Makes a fossil part of its module's weight; returns whether that was possible."""
+        try:
+            self._model.fold(*graft.key)
+        except ValueError as error:
+            _log.info("esper: a fossil stays beside its host: %s", error)
+            return False
+        return True
 
     def finish(self) -> None:
         """Ends every graft that has not reached its verdict: the run is over.

@@ -32,11 +32,14 @@ def plant(model, slot, seed, blueprint, state):
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
 
 
-def train(model, module, rows):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+def train(model, module, rows, apart=()):
+    """Three steps; the gradients of parameters that nobody else averages are averaged here."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
     for _ in range(3):
         optimizer.zero_grad()
         nn.functional.mse_loss(module(X[rows]), TARGET[rows]).backward()
+        for parameter in apart:
+            distributed.all_reduce(parameter.grad, distributed.ReduceOp.AVG)
         optimizer.step()
 
 
@@ -62,6 +65,18 @@ def main(mode, rank, store):
         assert any(isinstance(p, DTensor) for p in shared.parameters())
         moved = zip(single.parameters(), whole.parameters(), strict=True)
         assert all(not torch.equal(now, before) for now, before in moved)
+        # A newborn in a model that is sharded already is whole in each process ...
+        for model in (single, shared):
+            plant(model, "2", 1, "bottleneck", "FINE_TUNING")
+        newborn = shared.seed_parameters("2", 1)
+        assert not any(isinstance(p, DTensor) for p in newborn)
+        train(single, single, slice(None))
+        train(shared, shared, mine, apart=newborn)
+        # ... until its slot is sharded too.
+        fully_shard(shared.slots["2"])
+        assert all(isinstance(p, DTensor) for p in shared.seed_parameters("2", 1))
+        train(single, single, slice(None))
+        train(shared, shared, mine)
     for (name, one), (_, other) in zip(
         single.named_parameters(), shared.named_parameters(), strict=True
     ):

@@ -10,6 +10,7 @@ import pytest
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_processes_update_like_one(mode, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -23,7 +24,7 @@ def test_two_processes_update_like_one(mode, tmp_path):
         for rank in range(2)
     ]
     try:
-        errors = [worker.communicate(timeout=100)[1] for worker in workers]
+        errors = [worker.communicate(timeout=500)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

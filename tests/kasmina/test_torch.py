@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from model_families import FAMILIES
 from seed_host import to_state
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -22,6 +23,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm(x))
 
 
+SLOT_FORWARD = torch.ops.esper.slot_forward.default
 X = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -83,9 +85,90 @@ def test_inductor_computes_the_same():
     torch.testing.assert_close(gradients, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_with_living_seeds_is_exported_hardened():
-    with pytest.raises(ValueError, match=r"export esper\.harden\(model\) instead"):
-        torch.export.export(grown("FINE_TUNING").eval(), (X,))
+@pytest.mark.parametrize("family", ["residual convolutions", "transformer decoder", "perceptron"])
+def test_families_compile_whole_and_once_for_each_structure(family):
+    """With seeds that run natively and in the interpreter, in training and in eval mode."""
+    torch.manual_seed(0)
+    grafts = FAMILIES[family].grafts
+    model = wrap(FAMILIES[family].make(), [slot for slot, _, _ in grafts], seeds_per_layer=2)
+    args, kwargs = FAMILIES[family].inputs(0)
+    model(*args, **kwargs)
+    for slot, blueprint, hyperparameters in grafts:
+        to_state(model, slot, 1, "GRAFTING", blueprint, **hyperparameters)
+    still(model)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+
+    def assert_same(frames):
+        results = []
+        for forward in (compiled, model):
+            model.zero_grad()
+            y = forward(*args, **kwargs)
+            y.square().mean().backward()
+            gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            results.append((y.detach(), gradients))
+        (y, gradients), (expected, plain) = results
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        for name, gradient in gradients.items():  # zeros where eager has none
+            wanted = plain.get(name, torch.zeros_like(gradient))
+            torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5)
+        assert plain.keys() <= gradients.keys()
+        assert counter.frame_count == frames
+
+    for alpha in (0.0, 0.25, 1.0):
+        for slot, _, _ in grafts:
+            model.set_seed_alpha(slot, 1, alpha)
+        assert_same(frames=1)
+    for stage in ("STABILIZATION", "EVALUATING", "FINE_TUNING"):
+        for slot, _, _ in grafts:
+            model.advance(slot, 1, stage)
+        assert_same(frames=1)
+    to_state(model, grafts[0][0], 0, "FINE_TUNING", "lora")
+    assert_same(frames=2)
+    assert_same(frames=2)
+
+
+def still(model):
+    """Takes the noise out of a host; statistics of a batch norm would change from call to call."""
+    for module in model.host.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+        elif isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = None
+
+
+def test_a_model_with_living_seeds_is_exported_as_it_is_at_that_moment():
+    model = grown("GRAFTING").eval()
+    to_state(model, "0.norm", 0, "FINE_TUNING", "norm_mlp")  # in the interpreter
+    model.set_seed_alpha("0.mlp.0", 0, 0.5)
+    expected = model(X)
+    batch = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(model, (X,), dynamic_shapes=((batch,),), strict=False)
+    assert sum(node.target is SLOT_FORWARD for node in program.graph.nodes) == 2
+    names = set(program.state_dict)
+    assert {name for name, _ in model.named_parameters()} <= names
+    ran = program.module()
+    torch.testing.assert_close(ran(X), expected)
+    torch.testing.assert_close(ran(torch.cat([X, X]))[5:], expected)
+    # The program is of its own: the model lives on, and trains on.
+    assert torch.equal(model(X), expected)
+    model.set_seed_alpha("0.mlp.0", 0, 0.9)
+    assert not torch.allclose(model(X), expected)
+    model.cull("1.mlp.2", 1)
+    torch.testing.assert_close(ran(X), expected)
+    torch.testing.assert_close(program.run_decompositions().module()(X), expected)
+    step(model.train())
+
+
+def test_strict_export_of_living_seeds_names_the_ways_out():
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="strict=False, or export esper.hard"):
+        torch.export.export(grown("FINE_TUNING").eval(), (X,), strict=True)
+
+
+def test_hardened_and_sleeping_models_are_exported():
     model = grown("FINE_TUNING").eval()
     program = torch.export.export(esper.harden(model), (X,))
     torch.testing.assert_close(program.module()(X), model(X))

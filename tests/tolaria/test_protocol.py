@@ -12,6 +12,7 @@ from esper.blueprints import get
 from esper.blueprints import kernel_digest
 from esper.blueprints import lower
 from esper.common.v1 import lifecycle_pb2
+from esper.common.v1.blueprint_pb2 import SEED_SOURCE_OUTPUT
 from esper.config import GraftConfig
 from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria.protocol import GraftProtocol
@@ -127,3 +128,37 @@ def test_a_newborn_changes_no_bit_of_a_host_that_clips_and_accumulates() -> None
     for name, value in bare.state_dict().items():
         assert torch.equal(model.host.state_dict()[name], value), name
     assert not all(map(torch.equal, born, model.seed_parameters("0", 0)))
+
+
+@pytest.mark.parametrize("blueprint", ["lora", "bottleneck"])
+def test_fossils_are_folded_where_that_is_asked_for_and_possible(blueprint: str) -> None:
+    model = _host()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    protocol = GraftProtocol(model, optimizer, GraftConfig(fold_fossils=True))
+    kernel = lower(get(blueprint, rank=2), model.signature("0", 0, SEED_SOURCE_OUTPUT))
+    protocol.germinate("0", 0, f"kernels/{kernel_digest(kernel)}", kernel, None, _plan(), "a test")
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    weight = model.host[0].weight
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    while not protocol.due_for_trial():
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        protocol.on_step()
+    expected, moment = model(x), optimizer.state[weight]["exp_avg"].clone()
+    protocol.keep(protocol.due_for_trial()[0], "a test")
+    assert model.seed_state("0", 0).name == "FOSSILIZED"
+    torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)
+    assert model.host[0].weight is weight
+    assert torch.equal(optimizer.state[weight]["exp_avg"], moment)
+    trained = [list(group["params"]) for group in optimizer.param_groups]
+    if blueprint == "lora":
+        assert model.seed_parameters("0", 0) == [] and not model.slots["0"].hooked
+        assert list(map(id, trained[0])) == list(map(id, groups[0]))
+    else:  # it has an activation, and stays beside its host
+        assert len(trained[0]) == len(groups[0]) + len(model.seed_parameters("0", 0))
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+    protocol.on_step()
+    assert not torch.equal(model(x), expected)
