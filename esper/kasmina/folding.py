@@ -60,15 +60,17 @@ def fold(host: nn.Module, layer: KasminaLayer, seed: int, *, trains: bool) -> No
     linear = _as_linear(graft)
     weight, bias = _own_tensors(module)
     _check_module(module, layer)
+    if linear.offset is not None and bias is None:
+        raise ValueError("the seed has a bias, but its module has none")
+    if linear.offset is None and graft.reads_input:
+        bias = None  # it stays as it is
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             _check_parameter(host, module, name, parameter, trains)
-    if linear.offset is not None and bias is None:
-        raise ValueError("the seed has a bias, but its module has none")
     begin, end = layer.bounds[seed]
     with torch.no_grad():
-        rows = weight[begin:end].double()
-        shift = None if bias is None else bias[begin:end].double()
+        rows = weight[begin:end].to(torch.float64, copy=True)
+        shift = None if bias is None else bias[begin:end].to(torch.float64, copy=True)
         if graft.reads_input:
             tap: tuple[slice | int, ...] = (slice(None), slice(None), *_centre(module, layer))
             rows[tap] += linear.product.T

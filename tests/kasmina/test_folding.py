@@ -290,15 +290,33 @@ def assert_refused(model, slot, x, message):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-def test_a_broken_fossil_is_not_let_into_the_host(value):
-    model, slot, x = grown("linear", *LORA)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("linear", float("nan")),
+        ("linear", float("inf")),
+        ("linear", 3e38),
+        ("double precision", float("nan")),
+    ],
+)
+def test_a_broken_fossil_is_not_let_into_the_host(name, value):
+    model, slot, x = grown(name, *LORA)
     for parameter in model.seed_parameters(slot, 1):
         nn.init.constant_(parameter, value)
+    before = [p.detach().clone() for p in model.host.parameters()]
     assert torch.isfinite(model(x)).all()
     with pytest.raises(ValueError, match="the sum of weight and seed is not finite"):
         model.fold(slot, 1)
-    assert all(torch.isfinite(p).all() for p in model.host.parameters())
+    assert all(torch.equal(*pair) for pair in zip(before, model.host.parameters(), strict=True))
+
+
+def test_a_bias_that_does_not_change_may_stand_still():
+    model, slot, x = grown("linear", *LORA_IN)
+    model.host[0].bias.requires_grad_(False)
+    model.fold(slot, 1)
+    model, slot, x = grown("linear", *LORA)
+    model.host[0].bias.requires_grad_(False)
+    assert_refused(model, slot, x, "the seed trains, but as part of the bias it would stand still")
 
 
 def test_a_fossil_that_stands_still_is_not_made_to_train():
