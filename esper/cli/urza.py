@@ -165,15 +165,25 @@ def _serves(plane: Plane, service: str) -> bool:
 
 
 def _check_directory(data: Path, as_json: bool, quarantine: bool) -> bool:
+    """Checks both stores, also where one of them cannot even be opened."""
     arguments = ["--quarantine"] if quarantine else []
     sound = True
+    failures: list[PlaneError] = []
     # A directory that holds neither is refused by the first.
     if (data / "urza").exists() or not (data / "oona").exists():
-        lines = run_offline("check", data, *arguments)
-        sound &= _report(_steps(lines, store_pb2.CheckStoreResponse), as_json)
+        try:
+            lines = run_offline("check", data, *arguments)
+            sound &= _report(_steps(lines, store_pb2.CheckStoreResponse), as_json)
+        except PlaneError as error:
+            failures.append(error)
     if (data / "oona").exists():
-        lines = run_offline("check", data, *arguments, service="oona")
-        sound &= _report(_steps(lines, event_pb2.CheckLogResponse), as_json)
+        try:
+            lines = run_offline("check", data, *arguments, service="oona")
+            sound &= _report(_steps(lines, event_pb2.CheckLogResponse), as_json)
+        except PlaneError as error:
+            failures.append(error)
+    if failures:
+        raise PlaneError("; ".join(map(str, failures)))
     return sound
 
 
