@@ -12,6 +12,7 @@ from typing import Protocol
 from esper.common.v1 import digest_pb2
 from esper.services.serving.errors import exhausted
 from esper.services.serving.errors import invalid
+from esper.services.serving.errors import unavailable
 from esper.services.serving.limits import MAX_CHUNK_BYTES
 from esper.services.store.limits import RETRY_AFTER_S
 
@@ -99,7 +100,8 @@ class Upload:
 
         Raises:
             ServiceError: INVALID_ARGUMENT where the bytes are not what the digest says; they are
-                dropped then. RESOURCE_EXHAUSTED where the disk is full.
+                dropped then. RESOURCE_EXHAUSTED where the disk is full, UNAVAILABLE where it fails;
+                they are dropped, too.
         """
         with self._lock:
             assert self.complete
@@ -116,6 +118,9 @@ class Upload:
                     self._file.close()
                     durable = self._blobs.enter_file(self._digest, self._path)
                 except OSError as error:
+                    # What a sync that failed has left is unknown, and the next one may wrongly
+                    # succeed: nobody goes on from it.
+                    self._drop()
                     raise _disk_error(error) from error
             self._ended = True
             durable.add_done_callback(lambda _: self._blobs.end_upload(self._digest))
@@ -160,4 +165,4 @@ class Upload:
 def _disk_error(error: OSError) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return exhausted("DISK_FULL", "no room on the disk of the store", RETRY_AFTER_S)
-    return error
+    return unavailable(f"the disk of the store failed: {error.strerror}")

@@ -18,6 +18,8 @@ from esper.oona.v1 import event_pb2
 from esper.oona.v1 import event_pb2_grpc
 from esper.plane import Plane
 from esper.plane import connect
+from esper.urza.v1 import run_pb2
+from esper.urza.v1 import run_pb2_grpc
 
 
 @pytest.fixture
@@ -242,3 +244,58 @@ def wait_until_back(plane: Plane) -> None:
     plane.channel("oona").subscribe(watch, try_to_connect=True)
     assert ready.wait(20)
     plane.channel("oona").unsubscribe(watch)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"topic": ""}, "topic"),
+        ({"topic": "No Topic"}, "topic"),
+        ({"topic": "x" * 129}, "topic"),
+        ({"topic": "a", "request_id": "with space"}, "request_id"),
+        ({"topic": "a", "retention": {"max_age_s": 0.5}}, "retention.max_age_s"),
+        ({"topic": "a", "retention": {"max_age_s": -1.0}}, "retention.max_age_s"),
+        ({"topic": "a", "retention": {"max_age_s": float("nan")}}, "retention.max_age_s"),
+        ({"topic": "a", "retention": {"max_age_s": float("inf")}}, "retention.max_age_s"),
+        ({"topic": "a", "retention": {"max_bytes": 1023}}, "retention.max_bytes"),
+        ({"topic": "a", "retention": {"max_bytes": -1}}, "retention.max_bytes"),
+    ],
+)
+def test_senseless_retention_is_refused(
+    stub: event_pb2_grpc.EventServiceStub, fields: dict[str, object], field: str
+) -> None:
+    request = event_pb2.SetRetentionRequest(**fields)
+    error = refusal(lambda: stub.SetRetention(request, timeout=60))
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert [violation.field for violation in error.violations] == [field]
+
+
+def test_topics_are_listed_in_pages_whose_tokens_are_their_own(
+    oona: OonaClient, stub: event_pb2_grpc.EventServiceStub, store_plane: Plane, topic: str
+) -> None:
+    for number in range(3):
+        oona.publish(f"{topic}.{number}", Int64Value(value=number))
+    names, token = [], ""
+    while True:
+        request = event_pb2.ListTopicsRequest(page_size=2, page_token=token)
+        page = stub.ListTopics(request, timeout=60)
+        assert len(page.topics) <= 2
+        names += [found.name for found in page.topics]
+        if not (token := page.next_page_token):
+            break
+        last = token
+    assert names == sorted(set(names))
+    assert {f"{topic}.{number}" for number in range(3)} <= set(names)
+    for number in range(2):
+        store_plane.urza.runs.create_run(f"{topic}.{number}")
+    runs = run_pb2_grpc.RunServiceStub(store_plane.channel("urza"))
+    foreign = runs.ListRuns(run_pb2.ListRunsRequest(page_size=1), timeout=60).next_page_token
+    changed = ("A" if last[0] != "A" else "B") + last[1:]
+    for bad in ("x", foreign, last[:-1], last + "A", changed, "\u00e9", "x" * 5000):
+        request = event_pb2.ListTopicsRequest(page_token=bad)
+        error = refusal(lambda r=request: stub.ListTopics(r, timeout=60))
+        assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert [violation.field for violation in error.violations] == ["page_token"]
+    request = event_pb2.ListTopicsRequest(page_size=-1)
+    error = refusal(lambda: stub.ListTopics(request, timeout=60))
+    assert [violation.field for violation in error.violations] == ["page_size"]

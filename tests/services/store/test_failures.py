@@ -21,6 +21,7 @@ from urza_samples import new_kernel
 from esper import blueprints
 from esper.cli.main import cli
 from esper.common.rpc import RpcError
+from esper.common.rpc import readable_errors
 from esper.common.v1 import digest_pb2
 from esper.oona.client import OonaClient
 from esper.oona.v1 import event_pb2
@@ -321,6 +322,62 @@ def test_what_a_dead_server_has_left_locks_nothing(
     )
 
 
+# ------------------------------------------------------------ a disk that fails to sync
+
+
+def compiled(source: str, folder: Path) -> str:
+    """Compiles a library to be preloaded, and returns its path."""
+    library = folder / f"{source}.so"
+    path = Path(__file__).with_name(source)
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, path, "-ldl"], check=True)
+    return str(library)
+
+
+def test_after_a_failed_sync_nothing_is_acknowledged_until_a_restart(
+    start_server: Start, short_dir: Path
+) -> None:
+    failing = short_dir / "failing"
+    shim = {"LD_PRELOAD": compiled("sync.c", short_dir), "SYNC_FAILS_FILE": str(failing)}
+    server = start_server(environment=shim)
+    large = os.urandom(300_000)
+    with connect(server.address, timeout_s=CONNECT_S) as plane:
+        kept_blob = plane.urza.write_blob(b"kept")
+        plane.oona.publish("t", BytesValue(value=b"kept"))
+        urza_stub = blob_pb2_grpc.BlobServiceStub(plane.channel("urza"))
+
+        def write(data: bytes) -> None:
+            # Without the retries of the client, which takes UNAVAILABLE for a restart.
+            request = blob_pb2.WriteBlobRequest(digest=digest_of(data), data=data)
+            with readable_errors():
+                urza_stub.WriteBlob(iter([request]), timeout=CONNECT_S)
+
+        failing.touch()
+        error = refusal(lambda: write(large))  # a file of its own, which may be synced later
+        assert error.code is grpc.StatusCode.UNAVAILABLE
+        assert "the disk of the store failed" in error.message
+        state = blob_pb2.QueryWriteRequest(digest=digest_of(large))
+        assert urza_stub.QueryWrite(state, timeout=CONNECT_S).committed_size == 0
+        for _ in range(2):
+            for attempt in (
+                lambda: write(b"lost"),
+                lambda: plane.oona.publish("t", BytesValue(value=b"lost")),
+            ):
+                error = refusal(attempt)
+                assert error.code is grpc.StatusCode.UNAVAILABLE
+                assert "the store failed" in error.message
+            # What the disk holds now is not known, whatever it says later.
+            failing.unlink(missing_ok=True)
+        assert plane.urza.read_blob(kept_blob) == b"kept"
+        assert plane.oona.list_topics()[0].next_offset == 1
+    server.stop(signal.SIGKILL)
+    server = start_server(environment=shim)
+    with connect(server.address, timeout_s=CONNECT_S) as plane:
+        assert plane.urza.read_blob(kept_blob) == b"kept"
+        assert plane.urza.read_blob(plane.urza.write_blob(large)) == large
+        plane.oona.publish("t", BytesValue(value=b"more"))
+        assert " 0 problems" in check("--address", server.address)
+
+
 # ------------------------------------------------------------ a clock that jumps
 
 
@@ -330,11 +387,10 @@ class Clock:
     def __init__(self, folder: Path) -> None:
         self._file = folder / "offset"
         self.set(0)
-        shim = folder / "clock.so"
-        source = Path(__file__).with_name("clock.c")
-        command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(shim), str(source), "-ldl"]
-        subprocess.run(command, check=True)
-        self.environment = {"LD_PRELOAD": str(shim), "CLOCK_OFFSET_FILE": str(self._file)}
+        self.environment = {
+            "LD_PRELOAD": compiled("clock.c", folder),
+            "CLOCK_OFFSET_FILE": str(self._file),
+        }
 
     def set(self, offset_s: float) -> None:
         """Sets the clock to so many seconds from now, at once."""
