@@ -418,7 +418,7 @@ class Session:
 
     def _consult(self, record: EpochRecord, *, apply: bool) -> None:
         if self._ranks.is_shared:
-            self._model.pool(self._ranks.collect(self._model.runtime()))
+            self._model.pool(self._ranks.gather(self._model.runtime()))
         graph = self._model.host_graph()
         self._link.compile(signatures(self._model))
         observation = controller_pb2.Observation(

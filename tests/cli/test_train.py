@@ -170,6 +170,7 @@ def test_a_killed_run_goes_on_to_the_same_end(run: Path, tmp_path: Path) -> None
 def test_two_processes_make_one_run(tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher += ["--local-addr=127.0.0.1"]  # whatever the machine is called
     train = ["--no-python", ESPER, "train", CONFIG, "--out", folder, "--epochs", 4]
     done = subprocess.run(
         [*launcher, *map(str, train)],

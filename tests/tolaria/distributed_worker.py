@@ -3,17 +3,21 @@
 distributed_worker.py MODE FOLDER PLANE
 """
 
+import contextlib
 import os
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import distributed
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,6 +34,7 @@ from esper.tolaria.agreement import check_steps
 from esper.tolaria.agreement import check_structure
 from esper.tolaria.evaluation import sample_losses
 from esper.tolaria.ranks import Ranks
+from esper.tolaria.runs.processes import joined
 
 TASK = tasks.get("digits")
 CONFIG = EsperConfig(
@@ -42,12 +47,26 @@ CONFIG = EsperConfig(
 )
 EPOCHS = 6
 BATCH = 128
+MIDDLE = 32  # steps: one seed has fossilised, another one is under way
 HELD_OUT = TASK.validation.batches(150)  # three batches: the second rank has one less
 
 
 def wrapped() -> MorphableModel:
     """A new model, equal in all processes."""
     return esper.wrap(TASK.host(0), target_layers=["net"], seeds_per_layer=2)
+
+
+@contextlib.contextmanager
+def gradients_shared(module: nn.Module, shared: bool) -> Iterator[None]:
+    """Says whether the backward in the block averages gradients, as torch's wrappers want it."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(shared)
+        yield
+    elif isinstance(module, DistributedDataParallel) and not shared:
+        with module.no_sync():
+            yield
+    else:
+        yield
 
 
 def train(
@@ -60,7 +79,7 @@ def train(
     size: int = 1,
     after_step: Callable[[Session], None] = lambda session: None,
 ) -> Session:
-    """Trains in a user's plain loop, with a checkpoint after every epoch.
+    """Trains in a user's plain loop with accumulation, and a checkpoint after every epoch.
 
     Args:
         model: The wrapped model.
@@ -71,7 +90,8 @@ def train(
         size: How many parts there are.
         after_step: Called after every step.
     """
-    rows = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+    mine = torch.arange(BATCH).chunk(size)[rank]
+    rows_of = mine.chunk(2)  # the gradients of two parts are accumulated
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     checkpoints = Checkpoints(folder, keep_last=EPOCHS)
@@ -93,11 +113,13 @@ def train(
             total = 0.0
             batches = TASK.train.batches(BATCH)[:-1]
             for inputs, targets in batches:
-                loss = TASK.loss(module, (inputs[rows], targets[rows])).mean()
                 optimizer.zero_grad()
-                loss.backward()
+                for part, last in ((rows_of[0], False), (rows_of[1], True)):
+                    with gradients_shared(module, last):
+                        loss = TASK.loss(module, (inputs[part], targets[part])).mean() / 2
+                        loss.backward()
+                    total += float(loss.detach())
                 optimizer.step()
-                total += float(loss.detach())
                 after_step(session)
             session.epoch_end(train_loss=total / len(batches))
             schedule.step()
@@ -135,7 +157,18 @@ def grow(plane: str, folder: Path) -> None:
     session = train(model, model, plane, folder / "fsdp", rank=rank, size=2)
     assert session.epoch == EPOCHS
     esper.save(model, folder / "model")
+    join(plane, folder, rank)
     disagree(folder, rank)
+
+
+def join(plane: str, folder: Path, rank: int) -> None:
+    """Goes on, in two processes, from the middle of the run that one process has made."""
+    middle = Checkpoints(folder / "single").path(MIDDLE)
+    if rank == 0:
+        shutil.copytree(middle, folder / "joined" / middle.name)
+    distributed.barrier()
+    model = wrapped()
+    train(model, DistributedDataParallel(model), plane, folder / "joined", rank=rank, size=2)
 
 
 def disagree(folder: Path, rank: int) -> None:
@@ -175,7 +208,7 @@ def elastic(plane: str, folder: Path) -> None:
     def after_step(session: Session) -> None:
         with (folder / f"steps-{rank}-{attempt}").open("a") as steps:
             print(session.step, file=steps)
-        if rank == 1 and attempt == 0 and session.step == 36:
+        if rank == 1 and attempt == 0 and session.step == MIDDLE + 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
     model = wrapped()
@@ -185,11 +218,8 @@ def elastic(plane: str, folder: Path) -> None:
 
 def main() -> None:
     mode, folder, plane = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    distributed.init_process_group("gloo")
-    try:
+    with joined():
         {"grow": grow, "elastic": elastic}[mode](plane, folder)
-    finally:
-        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

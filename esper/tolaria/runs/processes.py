@@ -14,12 +14,17 @@ from esper.tolaria.tasks.task import LabelledBatch
 def joined() -> Iterator[None]:
     """Joins the processes that ``torchrun`` has started for a block; alone there is nothing to do.
 
-    They train on the CPU, so they talk by gloo.
+    They train on the CPU, so they talk by gloo. What they tell each other of where they listen goes
+    under the number of the restart: torchrun (2.13) keeps its store when it restarts, and a
+    process that is early would find the addresses of those that are gone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    distributed.init_process_group("gloo")
+    store, rank, size = next(distributed.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = distributed.PrefixStore(f"restart-{attempt}", store)
+    distributed.init_process_group("gloo", store=own, rank=rank, world_size=size)
     try:
         yield
     finally:
