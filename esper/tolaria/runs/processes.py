@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 
 from torch import distributed
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from esper.tolaria.tasks.task import LabelledBatch
 
@@ -21,9 +23,9 @@ def joined() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    store, rank, size = next(distributed.rendezvous("env://"))
+    store, rank, size = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    own = distributed.PrefixStore(f"restart-{attempt}", store)
+    own = PrefixStore(f"restart-{attempt}", store)
     distributed.init_process_group("gloo", store=own, rank=rank, world_size=size)
     try:
         yield
