@@ -8,7 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Generator
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
@@ -48,6 +48,7 @@ class Checker:
     def __init__(self, store: Store, *, quarantine: bool = False) -> None:
         self._store = store
         self._quarantine = quarantine
+        self._damaged: list[tuple[str, bytes, bytes]] = []
         self._summary = event_pb2.CheckLogSummary()
 
     def __iter__(self) -> Generator[event_pb2.CheckLogResponse, None, None]:
@@ -58,27 +59,39 @@ class Checker:
         yield event_pb2.CheckLogResponse(summary=self._summary)
 
     def _findings(self) -> Iterator[check_pb2.Finding]:
-        with ExitStack() as stack:
-            folder = stack.enter_context(copied_rows(self._store, compact=False))
+        with copied_rows(self._store, compact=False) as folder:
             if folder is None:
                 LOG.warning("no room for a copy of the rows: their structure is not checked")
-                row = stack.enter_context(self._store.reading())
                 tables = {name: self._store.table(name) for name in _TABLES}
+                with self._store.reading() as row:
+                    found = list(self._topics(row, tables))  # the caller is not waited for
+                yield from found
             else:
                 self._summary.structure_checked = True
                 for problem in structure_problems(folder):
                     yield _finding(check_pb2.FINDING_KIND_STRUCTURE, "rows", problem)
-                row, tables = stack.enter_context(_Copy(folder))
-            topics = {}
-            for key, value in row.cursor(db=tables["topics"]):
-                topics[key.decode()] = TopicState.decode(value)
-            for topic, state in topics.items():
-                self._summary.num_topics += 1
-                yield from self._events(row, tables, topic, state)
-                yield from self._groups(row, tables, topic, state)
-            yield from _strays(row, tables, set(topics))
+                with _copy(folder) as (row, tables):
+                    yield from self._topics(row, tables)
+        for topic, key, value in self._damaged:
+            yield _finding(
+                check_pb2.FINDING_KIND_DAMAGED,
+                f"topics/{topic}/events/{int.from_bytes(key[-_NUMBER_BYTES:], 'big')}",
+                "its bytes are not those that were stored",
+                quarantined=self._quarantine and self._put_aside(topic, key, value),
+            )
         for problem in check_requests(self._store, "requests"):
             yield _finding(check_pb2.FINDING_KIND_INDEX, "requests", problem)
+
+    def _topics(self, row: Row, tables: dict[str, Database]) -> Iterator[check_pb2.Finding]:
+        """Yields what is wrong but for damaged events, which it notes."""
+        topics = {
+            key.decode(): TopicState.decode(value) for key, value in row.cursor(db=tables["topics"])
+        }
+        for topic, state in topics.items():
+            self._summary.num_topics += 1
+            yield from self._events(row, tables, topic, state)
+            yield from self._groups(row, tables, topic, state)
+        yield from _strays(row, tables, set(topics))
 
     def _events(
         self, row: Row, tables: dict[str, Database], topic: str, state: TopicState
@@ -99,13 +112,7 @@ class Checker:
                 yield finding
             expected = offset + 1
             if not _is_sound(key, value, topic, offset):
-                aside = self._quarantine and self._put_aside(topic, key, value)
-                yield _finding(
-                    check_pb2.FINDING_KIND_DAMAGED,
-                    f"{name}/events/{offset}",
-                    "its bytes are not those that were stored",
-                    quarantined=aside,
-                )
+                self._damaged.append((topic, key, value))
         for finding in self._gap(row, tables, topic, expected, state.following):
             complete = False
             yield finding
@@ -170,20 +177,15 @@ class Checker:
         return aside
 
 
-class _Copy:
-    """The rows in the folder of a copy, to be read inside the context."""
-
-    def __init__(self, folder: Path) -> None:
-        self._environment = lmdb.open(
-            str(folder), readonly=True, lock=False, max_dbs=len(_TABLES), create=False
-        )
-
-    def __enter__(self) -> tuple[Row, dict[str, Database]]:
-        tables = {name: self._environment.open_db(name.encode(), create=False) for name in _TABLES}
-        return self._environment.begin(), tables
-
-    def __exit__(self, *_: object) -> None:
-        self._environment.close()
+@contextmanager
+def _copy(folder: Path) -> Iterator[tuple[Row, dict[str, Database]]]:
+    """Gives a transaction on the rows in a folder, and their tables."""
+    with lmdb.open(
+        str(folder), readonly=True, lock=False, max_dbs=len(_TABLES), create=False
+    ) as environment:
+        tables = {name: environment.open_db(name.encode(), create=False) for name in _TABLES}
+        with environment.begin() as row:
+            yield row, tables
 
 
 def _is_sound(key: bytes, value: bytes, topic: str, offset: int) -> bool:

@@ -1,5 +1,7 @@
 """The library's changes by revision: what `Watch` reads, bounded in number and in bytes."""
 
+from collections.abc import Iterator
+
 from esper.services.serving.errors import out_of_range
 from esper.services.store.engine import Store
 from esper.services.store.opening import Row
@@ -10,6 +12,8 @@ MAX_CHANGES = 100_000
 MAX_BYTES = 256 << 20
 MAX_BATCH_CHANGES = 256
 MAX_BATCH_BYTES = 1 << 20
+CHECKED_TOGETHER = 1000
+"""Changes that the check looks at in one snapshot."""
 
 _REVISION = b"revision"
 _SIZE = b"change_bytes"
@@ -85,6 +89,30 @@ class ChangeLog:
                 size_bytes += len(rows[-1])
                 going_on = cursor.next()
         return [pb.WatchResponse.FromString(content) for content in rows]
+
+    def check(self) -> Iterator[str]:
+        """Yields what is wrong with the numbers of the changes, in sentences."""
+        expected = 0
+        going_on = True
+        while going_on:
+            with self._store.reading() as row:
+                cursor = row.cursor(db=self._changes)
+                if not cursor.first():
+                    return
+                # The oldest may have been dropped since the last snapshot.
+                expected = max(expected, int.from_bytes(cursor.key(), "big"))
+                going_on = cursor.set_range(_key(expected))
+                for _ in range(CHECKED_TOGETHER):
+                    if not going_on:
+                        break
+                    found = int.from_bytes(cursor.key(), "big")
+                    if found != expected:
+                        yield f"revisions {expected} to {found - 1} are missing"
+                    expected = found + 1
+                    going_on = cursor.next()
+                last = self.revision(row)
+        if expected != last + 1:
+            yield f"the last change is {expected - 1}, and the library is at revision {last}"
 
     def _counter(self, row: Row, name: bytes) -> int:
         return int.from_bytes(row.get(name, db=self._counters) or b"", "big")

@@ -27,6 +27,8 @@ from esper.services.urza.contents import Contents
 from esper.services.urza.etags import etag_of
 from esper.services.urza.garbage import orphans
 from esper.services.urza.library import report_name
+from esper.services.urza.lineage import TABLE as LINEAGE_TABLE
+from esper.services.urza.lineage import rows_of
 from esper.services.urza.resources import digest_of_blueprint
 from esper.services.urza.resources import digest_of_kernel
 from esper.urza.v1 import library_pb2
@@ -63,6 +65,7 @@ class Checker:
             self._check_blobs,
             self._orphans,
             self._check_records,
+            self._changes,
             self._reports,
             self._check_runs,
             self._requests,
@@ -133,6 +136,8 @@ class Checker:
             if problem:
                 aside = self._quarantine and library.blueprints.put_aside(key, value)
                 yield _damaged(name, problem, quarantined=aside)
+            elif blueprint is not None:
+                yield from self._edges(blueprint)
         for key, value in self._rows("kernels"):
             name = f"kernels/{key.hex()}"
             kernel = _decoded(library_pb2.KernelRecord, value)
@@ -142,11 +147,30 @@ class Checker:
                 yield _damaged(name, problem, quarantined=aside)
             elif kernel is not None:
                 yield from self._references(kernel)
+                yield from self._edges(kernel)
         for table, records in (("blueprints", library.blueprints), ("kernels", library.kernels)):
             for problem in records.check_index():
                 yield check_pb2.Finding(
                     kind=check_pb2.FINDING_KIND_INDEX, name=table, detail=problem
                 )
+
+    def _edges(
+        self, record: library_pb2.BlueprintRecord | library_pb2.KernelRecord
+    ) -> Iterator[check_pb2.Finding]:
+        """Edges are drawn with the record and never removed."""
+        keys = [key for parent in record.parents for key in rows_of(record.name, parent)]
+        lacking = sum(not self._has(LINEAGE_TABLE, key) for key in keys)
+        if lacking:
+            detail = f"its lineage lacks {lacking} of {len(keys)} rows"
+            yield check_pb2.Finding(
+                kind=check_pb2.FINDING_KIND_INDEX, name=record.name, detail=detail
+            )
+
+    def _changes(self) -> Iterator[check_pb2.Finding]:
+        for problem in self._contents.library.changes.check():
+            yield check_pb2.Finding(
+                kind=check_pb2.FINDING_KIND_INDEX, name="changes", detail=problem
+            )
 
     def _references(self, record: library_pb2.KernelRecord) -> Iterator[check_pb2.Finding]:
         weights = record.kernel.weights

@@ -183,9 +183,12 @@ def test_without_room_for_a_copy_the_rows_themselves_are_checked(tmp_path: Path)
     filled.close()
     store = Store(tmp_path / "oona", SCHEMA, StoreLimits(keep_free_bytes=1 << 60))
     try:
-        *findings, last = Checker(store)
-        assert [step.finding.name for step in findings] == ["topics/a/events/4"]
-        assert not last.summary.structure_checked
+        for quarantine in (False, True):
+            *findings, last = Checker(store, quarantine=quarantine)
+            told = [(step.finding.name, step.finding.quarantined) for step in findings]
+            assert told == [("topics/a/events/4", quarantine)]
+            assert not last.summary.structure_checked
+        assert [step.WhichOneof("event") for step in Checker(store)] == ["summary"]
     finally:
         store.close()
 

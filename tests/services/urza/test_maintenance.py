@@ -318,6 +318,39 @@ def test_a_damaged_record_is_found(contents: Contents, table: str, how: str) -> 
     assert findings(contents) == []
 
 
+@pytest.mark.parametrize(
+    ("table", "which", "detail"),
+    [
+        ("lineage", 0, "its lineage lacks 1 of 2 rows"),
+        ("kernel_index", 3, "lacks 1 of its"),
+        ("changes", 1, "revisions 2 to 2 are missing"),
+        ("changes", -1, "the last change is"),
+        ("requests", 0, "rows are not two for each of the places"),
+    ],
+)
+def test_an_index_that_lacks_a_row_is_found(
+    contents: Contents, table: str, which: int, detail: str
+) -> None:
+    plant(contents, None)
+    for number in range(3):
+        request = library_pb2.CreateBlueprintRequest(
+            blueprint=blueprints.get("bottleneck", rank=5 + number), request_id=f"r{number}"
+        )
+        digest = digest_of_blueprint(request.blueprint)
+        contents.library.create_blueprint(request, digest).result(10)
+    assert findings(contents) == []
+    handle = contents.store.table(table)
+
+    def work(row: "object") -> None:
+        keys = [key for key, _ in row.cursor(db=handle)]  # type: ignore[attr-defined]
+        row.delete(keys[which], db=handle)  # type: ignore[attr-defined]
+
+    contents.store.submit(work).result(10)
+    found = findings(contents)
+    assert {finding.kind for finding in found} == {check_pb2.FINDING_KIND_INDEX}
+    assert any(detail in finding.detail for finding in found), found
+
+
 def test_a_broken_history_is_found(contents: Contents) -> None:
     async def record() -> Contents:
         held = open_contents(contents.store.directory)
