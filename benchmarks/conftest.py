@@ -44,6 +44,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--with-compile", action="store_true", help="torch.compile forms as well, minutes a shape"
     )
     parser.addoption("--rounds", type=int, default=ROUNDS, help="rounds that are measured at most")
+    parser.addoption(
+        "--store-rows", type=int, default=100_000, help="largest store of the row benchmarks"
+    )
+    parser.addoption("--store-folder", help="where these stores are kept; default: nowhere")
 
 
 @pytest.fixture(autouse=True)

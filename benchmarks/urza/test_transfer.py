@@ -1,23 +1,28 @@
 """Urza's calls beside a bare gRPC server that carries the same bytes and does nothing with them."""
 
 import asyncio
-import itertools
 import os
-from collections.abc import Awaitable
-from collections.abc import Callable
 from collections.abc import Iterator
 
-import grpc
 import pytest
 
+from benchmarks.urza.conftest import Beside
+from benchmarks.urza.conftest import Pair
+from benchmarks.urza.load import one_by_one
+from benchmarks.urza.load import together
 from esper import blueprints
+from esper.urza.aio import AsyncUrzaClient
 from esper.urza.transfer import digest_of
 from esper.urza.v1 import library_pb2
 from esper.urza.v1 import library_pb2_grpc
 
+KIB = 1 << 10
 MIB = 1 << 20
 CALLS = 512
-"""Calls of one round, shared by all clients of it."""
+"""Small calls of one round, shared by all clients of it."""
+CLIENTS = (1, 8, 64)
+SIZES = (4 * KIB, MIB, 64 * MIB)
+NAMES = {4 * KIB: "4 KiB", MIB: "1 MiB", 64 * MIB: "64 MiB"}
 
 
 def same(message: bytes) -> bytes:
@@ -35,85 +40,106 @@ def pieces(data: bytes) -> list[bytes]:
     return [data[start : start + MIB] for start in range(0, len(data), MIB)]
 
 
-def test_a_small_read(side_by_side, pair) -> None:
-    stored = pair.plane.urza.create_blueprint(blueprints.get("bottleneck"))
-    answer = library_pb2.GetBlueprintResponse(blueprint=stored).SerializeToString()
-    bare = pair.bare.unary_unary("/bare/Unary", same, same)
-    side_by_side(
-        "read a blueprint",
-        lambda: [pair.plane.urza.get_blueprint(stored.name) for _ in range(20)],
-        {"bare echo": lambda: [bare(answer) for _ in range(20)]},
-    )
+def calls_of(size_bytes: int) -> int:
+    """Returns how many transfers of a size make a round."""
+    return min(max(32 * MIB // size_bytes, 1), 128)
 
 
-@pytest.mark.parametrize("size_bytes", [4 << 10, MIB, 64 * MIB])
-def test_write_a_blob(side_by_side, pair, size_bytes: int) -> None:
+@pytest.mark.parametrize("size_bytes", SIZES, ids=NAMES.values())
+def test_write_a_blob(beside: Beside, pair: Pair, size_bytes: int) -> None:
     fresh = contents(size_bytes)
     sent = pieces(next(fresh))
     bare = pair.bare.stream_unary("/bare/Upload", same, same)
-    side_by_side(
-        f"write {size_bytes >> 10} KiB, durable",
-        lambda: pair.plane.urza.write_blob(next(fresh)),
-        {"bare stream": lambda: bare(iter(sent))},
-        rounds=9,
+    urza, calls = pair.plane.urza, calls_of(size_bytes)
+    beside(
+        f"write {NAMES[size_bytes]}, durable",
+        lambda: one_by_one(lambda: urza.write_blob(next(fresh)), calls, size_bytes),
+        {"bare stream": lambda: one_by_one(lambda: bare(iter(sent)), calls, size_bytes)},
     )
 
 
-@pytest.mark.parametrize("size_bytes", [4 << 10, MIB, 64 * MIB])
-def test_read_a_blob(side_by_side, pair, size_bytes: int) -> None:
-    digest = pair.plane.urza.write_blob(next(contents(size_bytes)))
+def test_write_a_blob_of_known_digest(beside: Beside, pair: Pair) -> None:
+    size_bytes = 64 * MIB
+    fresh = contents(size_bytes)
+    sent = pieces(next(fresh))
+    bare = pair.bare.stream_unary("/bare/Upload", same, same)
+    known = iter([(data, digest_of(data)) for data, _ in zip(fresh, range(8), strict=False)])
+    beside(
+        "write 64 MiB, durable, digest known",
+        lambda: one_by_one(lambda: pair.plane.urza.write_blob(*next(known)), 1, size_bytes),
+        {"bare stream": lambda: one_by_one(lambda: bare(iter(sent)), 1, size_bytes)},
+    )
+
+
+@pytest.mark.parametrize("size_bytes", SIZES, ids=NAMES.values())
+def test_read_a_blob(beside: Beside, pair: Pair, size_bytes: int) -> None:
+    urza, calls = pair.plane.urza, calls_of(size_bytes)
+    digest = urza.write_blob(next(contents(size_bytes)))
     bare = pair.bare.unary_stream("/bare/Download", same, same)
     asked = str(size_bytes).encode()
-    side_by_side(
-        f"read {size_bytes >> 10} KiB, verified",
-        lambda: pair.plane.urza.read_blob(digest),
-        {"bare stream": lambda: b"".join(bare(asked))},
-        rounds=9,
+    beside(
+        f"read {NAMES[size_bytes]}, verified",
+        lambda: one_by_one(lambda: urza.read_blob(digest), calls, size_bytes),
+        {"bare stream": lambda: one_by_one(lambda: b"".join(bare(asked)), calls, size_bytes)},
     )
 
 
-def _together(
-    clients: int, address: str, call: Callable[[grpc.aio.Channel], Callable[[], Awaitable[object]]]
+@pytest.mark.parametrize("clients", CLIENTS[1:])
+@pytest.mark.parametrize("size_bytes", SIZES[:2], ids=list(NAMES.values())[:2])
+def test_blobs_of_many_clients(
+    beside: Beside, pair: Pair, runner: asyncio.Runner, size_bytes: int, clients: int
 ) -> None:
-    """Makes `CALLS` calls, `clients` of them at a time."""
+    fresh = contents(size_bytes)
+    urza = AsyncUrzaClient(pair.ours)
+    digest = pair.plane.urza.write_blob(next(fresh))
+    asked = str(size_bytes).encode()
+    sent = pieces(next(fresh))
+    upload = pair.bare_async.stream_unary("/bare/Upload", same, same)
+    download = pair.bare_async.unary_stream("/bare/Download", same, same)
 
-    async def run() -> None:
-        async with grpc.aio.insecure_channel(address) as channel:
-            once = call(channel)
-            left = itertools.repeat(None, CALLS)
+    async def bare_read() -> bytes:
+        return b"".join([chunk async for chunk in download(asked)])
 
-            async def client() -> None:
-                for _ in left:
-                    await once()
+    calls = max(calls_of(size_bytes), clients)
+    name = f"{NAMES[size_bytes]}, {clients} clients"
+    beside(
+        f"read {name}",
+        lambda: runner.run(together(lambda: urza.read_blob(digest), clients, calls, size_bytes)),
+        {"bare stream": lambda: runner.run(together(bare_read, clients, calls, size_bytes))},
+    )
+    assert urza is not None and upload is not None and sent
 
-            await asyncio.gather(*(client() for _ in range(clients)))
 
-    asyncio.run(run())
-
-
-@pytest.mark.parametrize("clients", [1, 8, 64])
-def test_small_reads_of_many_clients(side_by_side, pair, clients: int) -> None:
+@pytest.mark.parametrize("clients", CLIENTS)
+def test_small_reads(beside: Beside, pair: Pair, runner: asyncio.Runner, clients: int) -> None:
     stored = pair.plane.urza.create_blueprint(blueprints.get("bottleneck"))
-    request = library_pb2.GetBlueprintRequest(name=stored.name)
     answer = library_pb2.GetBlueprintResponse(blueprint=stored).SerializeToString()
-
-    def ours(channel: grpc.aio.Channel) -> Callable[[], Awaitable[object]]:
-        stub = library_pb2_grpc.LibraryServiceStub(channel)
-        return lambda: stub.GetBlueprint(request, timeout=30)
-
-    def bare(channel: grpc.aio.Channel) -> Callable[[], Awaitable[object]]:
-        echo = channel.unary_unary("/bare/Unary", same, same)
-        return lambda: echo(answer, timeout=30)
-
-    side_by_side(
-        f"{CALLS} reads of {clients} clients",
-        lambda: _together(clients, pair.address, ours),
-        {"bare echo": lambda: _together(clients, pair.bare_address, bare)},
-        rounds=5,
+    name = f"read a blueprint, {clients} clients"
+    if clients == 1:
+        bare = pair.bare.unary_unary("/bare/Unary", same, same)
+        beside(
+            name,
+            lambda: one_by_one(lambda: pair.plane.urza.get_blueprint(stored.name), CALLS),
+            {"bare echo": lambda: one_by_one(lambda: bare(answer, timeout=30), CALLS)},
+        )
+        return
+    request = library_pb2.GetBlueprintRequest(name=stored.name)
+    stub = library_pb2_grpc.LibraryServiceStub(pair.ours)
+    echo = pair.bare_async.unary_unary("/bare/Unary", same, same)
+    beside(
+        name,
+        lambda: runner.run(
+            together(lambda: stub.GetBlueprint(request, timeout=30), clients, CALLS)
+        ),
+        {
+            "bare echo": lambda: runner.run(
+                together(lambda: echo(answer, timeout=30), clients, CALLS)
+            )
+        },
     )
 
 
-def test_the_last_blob_is_the_one_that_was_written(pair) -> None:
+def test_the_last_blob_is_the_one_that_was_written(pair: Pair) -> None:
     """What is timed above really moves bytes."""
     data = next(contents(3 * MIB))
     assert pair.plane.urza.read_blob(pair.plane.urza.write_blob(data)) == data

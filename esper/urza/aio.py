@@ -15,6 +15,8 @@ from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import digest_pb2
 from esper.common.v1 import kernel_pb2
 from esper.urza.cache import BlobCache
+from esper.urza.framing import async_download_call
+from esper.urza.framing import async_upload_call
 from esper.urza.transfer import ATTEMPTS
 from esper.urza.transfer import MAX_DIGESTS
 from esper.urza.transfer import PAGE_SIZE
@@ -22,7 +24,7 @@ from esper.urza.transfer import Download
 from esper.urza.transfer import digest_of
 from esper.urza.transfer import new_id
 from esper.urza.transfer import transfer_timeout_s
-from esper.urza.transfer import upload_messages
+from esper.urza.transfer import upload_chunks
 from esper.urza.transfer import worth_another_attempt
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import blob_pb2_grpc
@@ -48,16 +50,20 @@ class AsyncUrzaClient:
         self._library: library_pb2_grpc.LibraryServiceAsyncStub = (
             library_pb2_grpc.LibraryServiceStub(channel)
         )
+        self._upload = async_upload_call(channel)
+        self._download = async_download_call(channel)
 
-    async def write_blob(self, data: bytes) -> digest_pb2.Digest:
-        """Stores some bytes and returns their digest, once they are durable."""
-        digest = digest_of(data)
+    async def write_blob(
+        self, data: bytes, digest: digest_pb2.Digest | None = None
+    ) -> digest_pb2.Digest:
+        """Stores some bytes, whose digest may be known, and returns it once they are durable."""
+        digest = digest or digest_of(data)
         for attempt in range(ATTEMPTS):
             try:
                 with readable_errors():
                     offset = 0 if attempt == 0 else await self._committed(digest)
-                    await self._blobs.WriteBlob(
-                        upload_messages(digest, data, offset),
+                    await self._upload(
+                        upload_chunks(digest, data, offset),
                         timeout=transfer_timeout_s(len(data)),
                         wait_for_ready=attempt > 0,
                     )
@@ -82,21 +88,21 @@ class AsyncUrzaClient:
         """
         if self._cache is not None and (known := self._cache.get(digest)) is not None:
             return known
-        download = Download(digest)
-        for attempt in range(ATTEMPTS):
-            try:
-                with readable_errors():
-                    async for answer in self._blobs.ReadBlob(
-                        download.request(),
-                        timeout=transfer_timeout_s(digest.size_bytes),
-                        wait_for_ready=attempt > 0,
-                    ):
-                        download.add(answer.data)
-                break
-            except RpcError as error:
-                if not worth_another_attempt(error, attempt):
-                    raise
-        data = download.verified()
+        with Download(digest) as download:
+            for attempt in range(ATTEMPTS):
+                try:
+                    with readable_errors():
+                        async for chunk in self._download(
+                            download.request(),
+                            timeout=transfer_timeout_s(digest.size_bytes),
+                            wait_for_ready=attempt > 0,
+                        ):
+                            download.add(chunk)
+                    break
+                except RpcError as error:
+                    if not worth_another_attempt(error, attempt):
+                        raise
+            data = download.verified()
         if self._cache is not None:
             self._cache.put(digest, data)
         return data

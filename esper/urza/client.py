@@ -15,6 +15,8 @@ from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import digest_pb2
 from esper.common.v1 import kernel_pb2
 from esper.urza.cache import BlobCache
+from esper.urza.framing import download_call
+from esper.urza.framing import upload_call
 from esper.urza.runs import RunClient
 from esper.urza.transfer import ATTEMPTS
 from esper.urza.transfer import MAX_DIGESTS
@@ -23,7 +25,7 @@ from esper.urza.transfer import Download
 from esper.urza.transfer import digest_of
 from esper.urza.transfer import new_id
 from esper.urza.transfer import transfer_timeout_s
-from esper.urza.transfer import upload_messages
+from esper.urza.transfer import upload_chunks
 from esper.urza.transfer import worth_another_attempt
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import blob_pb2_grpc
@@ -53,22 +55,31 @@ class UrzaClient:
         self.runs = RunClient(channel)
         self._cache = cache
         self._blobs = blob_pb2_grpc.BlobServiceStub(channel)
+        self._upload = upload_call(channel)
+        self._download = download_call(channel)
         self._library = library_pb2_grpc.LibraryServiceStub(channel)
 
     # ------------------------------------------------------------ blobs
 
-    def write_blob(self, data: bytes) -> digest_pb2.Digest:
+    def write_blob(self, data: bytes, digest: digest_pb2.Digest | None = None) -> digest_pb2.Digest:
         """Stores some bytes and returns their digest, once they are durable.
 
         An upload that breaks goes on where it stopped.
+
+        Args:
+            data: The bytes.
+            digest: Theirs where it is known, which spares a pass over them; the server verifies it.
+
+        Raises:
+            RpcError: INVALID_ARGUMENT where `digest` is not that of `data`.
         """
-        digest = digest_of(data)
+        digest = digest or digest_of(data)
         for attempt in range(ATTEMPTS):
             try:
                 with readable_errors():
                     offset = 0 if attempt == 0 else self._committed(digest)
-                    self._blobs.WriteBlob(
-                        upload_messages(digest, data, offset),
+                    self._upload(
+                        upload_chunks(digest, data, offset),
                         timeout=transfer_timeout_s(len(data)),
                         wait_for_ready=attempt > 0,
                     )
@@ -101,21 +112,21 @@ class UrzaClient:
         return data
 
     def _fetch(self, digest: digest_pb2.Digest) -> bytes:
-        download = Download(digest)
-        for attempt in range(ATTEMPTS):
-            try:
-                with readable_errors():
-                    for answer in self._blobs.ReadBlob(
-                        download.request(),
-                        timeout=transfer_timeout_s(digest.size_bytes),
-                        wait_for_ready=attempt > 0,
-                    ):
-                        download.add(answer.data)
-                break
-            except RpcError as error:
-                if not worth_another_attempt(error, attempt):
-                    raise
-        return download.verified()
+        with Download(digest) as download:
+            for attempt in range(ATTEMPTS):
+                try:
+                    with readable_errors():
+                        for chunk in self._download(
+                            download.request(),
+                            timeout=transfer_timeout_s(digest.size_bytes),
+                            wait_for_ready=attempt > 0,
+                        ):
+                            download.add(chunk)
+                    break
+                except RpcError as error:
+                    if not worth_another_attempt(error, attempt):
+                        raise
+            return download.verified()
 
     def find_missing_blobs(self, digests: Sequence[digest_pb2.Digest]) -> list[digest_pb2.Digest]:
         """Returns those of `digests` that the store does not hold, in the same order."""

@@ -1,8 +1,11 @@
 """What the clients of Urza share: how blobs are cut, retried and verified."""
 
 import hashlib
+import io
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self
 
 import grpc
 
@@ -10,9 +13,13 @@ from esper.common.rpc import CALL_TIMEOUT_S
 from esper.common.rpc import STREAM_BYTES_PER_S
 from esper.common.rpc import RpcError
 from esper.common.v1 import digest_pb2
+from esper.urza.framing import Bytes
+from esper.urza.framing import UploadChunk
 from esper.urza.v1 import blob_pb2
 
 CHUNK_BYTES = 1 << 20
+HASHED_ASIDE_BYTES = 4 << 20
+"""From this size on a download is hashed by a thread of its own."""
 PAGE_SIZE = 200
 ATTEMPTS = 5
 MAX_DIGESTS = 1000
@@ -39,23 +46,21 @@ def worth_another_attempt(error: RpcError, attempt: int) -> bool:
     return error.code in _AGAIN and attempt < ATTEMPTS - 1
 
 
-def upload_messages(
-    digest: digest_pb2.Digest, data: bytes, offset: int
-) -> Iterator[blob_pb2.WriteBlobRequest]:
-    """Yields the messages of an upload from `offset` on; at least one, with the digest."""
+def upload_chunks(digest: digest_pb2.Digest, data: bytes, offset: int) -> Iterator[UploadChunk]:
+    """Yields the chunks of an upload from `offset` on; at least one, with the digest."""
+    view = memoryview(data)
     first = True
     while first or offset < len(data):
-        yield blob_pb2.WriteBlobRequest(
-            digest=digest if first else None,
-            write_offset=offset,
-            data=data[offset : offset + CHUNK_BYTES],
-        )
+        head = blob_pb2.WriteBlobRequest(digest=digest if first else None, write_offset=offset)
+        yield UploadChunk(head, view[offset : offset + CHUNK_BYTES])
         first = False
         offset += CHUNK_BYTES
 
 
 class Download:
-    """The chunks of one blob as they come; each is hashed while the next one is on its way.
+    """The chunks of one blob as they come, hashed while the others are on their way.
+
+    To be used as a context manager, which ends the thread that hashes.
 
     Args:
         digest: What they must turn out to be.
@@ -64,18 +69,31 @@ class Download:
     def __init__(self, digest: digest_pb2.Digest) -> None:
         self._digest = digest
         self._hasher = hashlib.sha256()
-        self._chunks: list[bytes] = []
+        self._hashing = ThreadPoolExecutor(1) if digest.size_bytes >= HASHED_ASIDE_BYTES else None
+        # Its buffer grows in place, and becomes the result as it is: chunks that were kept and
+        # joined would each need fresh pages, and the whole a second time.
+        self._whole = io.BytesIO()
         self.size_bytes = 0
         """Number of bytes that have come."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._hashing is not None:
+            self._hashing.shutdown(cancel_futures=True)
 
     def request(self) -> blob_pb2.ReadBlobRequest:
         """Returns the request for what has not come yet."""
         return blob_pb2.ReadBlobRequest(digest=self._digest, read_offset=self.size_bytes)
 
-    def add(self, chunk: bytes) -> None:
+    def add(self, chunk: Bytes) -> None:
         """Takes the next chunk."""
-        self._hasher.update(chunk)
-        self._chunks.append(chunk)
+        if self._hashing is None:
+            self._hasher.update(chunk)
+        else:
+            self._hashing.submit(self._hasher.update, chunk)
+        self._whole.write(chunk)
         self.size_bytes += len(chunk)
 
     def verified(self) -> bytes:
@@ -84,7 +102,9 @@ class Download:
         Raises:
             RpcError: DATA_LOSS where it is not what the digest says.
         """
-        data = b"".join(self._chunks)
+        data = self._whole.getvalue()
+        if self._hashing is not None:
+            self._hashing.shutdown()
         if (self._hasher.hexdigest(), len(data)) != (self._digest.hash, self._digest.size_bytes):
             raise RpcError(
                 grpc.StatusCode.DATA_LOSS,

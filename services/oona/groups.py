@@ -30,6 +30,7 @@ from esper.services.serving.errors import not_found
 from esper.services.store.engine import Store
 from esper.services.store.followers import Followers
 from esper.services.store.opening import Row
+from esper.services.store.waking import awaitable
 
 LOG = logging.getLogger("esper.oona")
 
@@ -154,7 +155,7 @@ class Group:
             expired = sorted(
                 offset for offset, lease in self._leases.items() if lease.deadline_s <= now_s
             )[:room]
-            taken = await asyncio.wrap_future(
+            taken = await awaitable(
                 self._store.submit(lambda row: self._take(row, expired, room, member.timeout_s))
             )
             for offset in taken.gone:
@@ -293,7 +294,7 @@ class Groups:
             first = state.following if start is None else start
             row.put(group_key(topic, name), STATE.pack(first, 0), db=table)
 
-        await asyncio.wrap_future(self._store.submit(work))
+        await awaitable(self._store.submit(work))
         group = self._groups.get((topic, name))
         if group is None:
             group = Group(self._store, topic, name, self._followers, self._elapsed)
@@ -319,7 +320,7 @@ class Groups:
                 row.put(group_key(topic, name), state, db=self._store.table("groups"))
             return done
 
-        done = await asyncio.wrap_future(self._store.submit(work))
+        done = await awaitable(self._store.submit(work))
         group = self._groups.get((topic, name))
         if group is not None:
             group.forget(done)

@@ -26,6 +26,7 @@ from esper.services.serving.errors import unavailable
 from esper.services.serving.steps import in_steps
 from esper.services.store.engine import Store
 from esper.services.store.followers import first_of
+from esper.services.store.waking import awaitable
 
 LOG = logging.getLogger("esper.oona")
 
@@ -67,7 +68,7 @@ class EventServicer(event_pb2_grpc.EventServiceServicer):
             try:
                 async for request in request_iterator:
                     require(validate.publish(request))
-                    offset = asyncio.wrap_future(self._log.append(request))
+                    offset = awaitable(self._log.append(request))
                     offset.add_done_callback(_take_note)
                     await pending.put((request.request_id, offset))
             except Exception as problem:  # raised below, once what came before is acknowledged
@@ -149,7 +150,7 @@ class EventServicer(event_pb2_grpc.EventServiceServicer):
         self, request: event_pb2.SetRetentionRequest, context: CallContext
     ) -> event_pb2.SetRetentionResponse:
         require(validate.set_retention(request))
-        return await asyncio.wrap_future(self._log.set_retention(request))
+        return await awaitable(self._log.set_retention(request))
 
     async def ListTopics(
         self, request: event_pb2.ListTopicsRequest, context: CallContext
@@ -203,7 +204,7 @@ class OonaService:
             await asyncio.sleep(EXPIRY_INTERVAL_S)
             try:
                 for topic in await asyncio.to_thread(self._log.topic_names):
-                    while await asyncio.wrap_future(self._log.expire(topic)):
+                    while await awaitable(self._log.expire(topic)):
                         pass
             except ServiceError as error:  # a disk that is full or fails: the next turn tries again
                 LOG.warning("topics could not be trimmed: %s", error)

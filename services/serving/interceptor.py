@@ -91,8 +91,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> "UnaryBehaviour":
         async def handle(request: object, context: CallContext) -> object:
             async with self._call(method, context):
-                unlimited = context.time_remaining() is None
-                async with asyncio.timeout(default_deadline_s if unlimited else None):
+                if context.time_remaining() is not None:
+                    return await behaviour(request, context)
+                async with asyncio.timeout(default_deadline_s):
                     return await behaviour(request, context)
 
         return handle

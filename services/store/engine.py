@@ -38,6 +38,7 @@ from esper.services.store.opening import Row
 from esper.services.store.opening import Schema
 from esper.services.store.opening import data_file
 from esper.services.store.opening import open_rows
+from esper.services.store.waking import gathered
 
 LOG = logging.getLogger("esper.store")
 
@@ -110,6 +111,9 @@ class Store:
         self._committed = metrics.WRITES.labels(self._name, "committed")
         self._refused = metrics.WRITES.labels(self._name, "refused")
         self._reads = metrics.READ_SECONDS.labels(self._name)
+        self._commits = metrics.COMMIT_SECONDS.labels(self._name)
+        self._queued = metrics.QUEUE_LENGTH.labels(self._name)
+        self._file_bytes = metrics.ROW_FILE_BYTES.labels(self._name)
         self._writer = threading.Thread(
             target=self._run, name=f"store-{directory.name}", daemon=True
         )
@@ -254,8 +258,8 @@ class Store:
             batch = allowed
         if batch:
             self._write(batch)
-        metrics.QUEUE_LENGTH.labels(self._name).set(self.num_queued)
-        metrics.ROW_FILE_BYTES.labels(self._name).set(self.row_file_bytes)
+        self._queued.set(self.num_queued)
+        self._file_bytes.set(self.row_file_bytes)
         if time.monotonic() - self._readers_checked_s > READER_CHECK_S:
             self._clear_readers()
 
@@ -283,17 +287,19 @@ class Store:
                 self._refused.inc()
                 batch[0].future.set_exception(self._refusal(error))
             return
-        for job, (result, problem) in zip(batch, outcomes, strict=True):
-            if problem is None:
-                self._committed.inc()
-                job.future.set_result(result)
-            else:
-                self._refused.inc()
-                job.future.set_exception(problem)
+        num_refused = sum(problem is not None for _, problem in outcomes)
+        self._committed.inc(len(batch) - num_refused)
+        self._refused.inc(num_refused)
+        with gathered():
+            for job, (result, problem) in zip(batch, outcomes, strict=True):
+                if problem is None:
+                    job.future.set_result(result)
+                else:
+                    job.future.set_exception(problem)
 
     def _commit(self, batch: list[_Job]) -> list[tuple[object, Exception | None]]:
         outcomes: list[tuple[object, Exception | None]] = []
-        timing = metrics.COMMIT_SECONDS.labels(self._name).time()
+        timing = self._commits.time()
         with timing, self._environment.begin(write=True) as group:
             for job in batch:
                 try:

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from esper.services.store.waking import call_on
+
 
 class Followers:
     """Who waits for news of what, by name. To be made and followed on one event loop."""
@@ -29,8 +31,7 @@ class Followers:
 
     def wake(self, name: str) -> None:
         """Wakes the followers of `name`; may be called from any thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._set, name)
+        call_on(self._loop, lambda: self._set(name))
 
     def _set(self, name: str) -> None:
         for news in self._news.get(name, ()):

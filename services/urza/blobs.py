@@ -220,7 +220,7 @@ class BlobStore:
     def _read_file(self, digest: digest_pb2.Digest, offset: int, end: int) -> Iterator[bytes]:
         path = self.path_of(digest.hash)
         try:
-            file = path.open("rb")
+            file = path.open("rb", buffering=0)
         except FileNotFoundError:
             if self._row(digest) is None:  # removed since the row was read
                 raise self._absent(digest) from None

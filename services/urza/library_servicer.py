@@ -7,6 +7,7 @@ from esper.services.serving.context import CallContext
 from esper.services.serving.errors import require
 from esper.services.serving.errors import unavailable
 from esper.services.store.followers import first_of
+from esper.services.store.waking import awaitable
 from esper.services.urza import validate
 from esper.services.urza.library import FOLLOWED
 from esper.services.urza.library import Library
@@ -38,7 +39,7 @@ class LibraryServicer(library_pb2_grpc.LibraryServiceServicer):
     ) -> pb.CreateBlueprintResponse:
         require(validate.create_blueprint(request))
         digest = await asyncio.to_thread(digest_of_blueprint, request.blueprint)
-        return await asyncio.wrap_future(self._library.create_blueprint(request, digest))
+        return await awaitable(self._library.create_blueprint(request, digest))
 
     async def GetBlueprint(
         self, request: pb.GetBlueprintRequest, context: CallContext
@@ -56,20 +57,20 @@ class LibraryServicer(library_pb2_grpc.LibraryServiceServicer):
         self, request: pb.ArchiveBlueprintRequest, context: CallContext
     ) -> pb.ArchiveBlueprintResponse:
         require(validate.archive(request, "blueprints"))
-        return await asyncio.wrap_future(self._library.archive_blueprint(request))
+        return await awaitable(self._library.archive_blueprint(request))
 
     async def UpdateBlueprintState(
         self, request: pb.UpdateBlueprintStateRequest, context: CallContext
     ) -> pb.UpdateBlueprintStateResponse:
         require(validate.update_blueprint_state(request))
-        return await asyncio.wrap_future(self._library.update_blueprint_state(request))
+        return await awaitable(self._library.update_blueprint_state(request))
 
     async def CreateKernel(
         self, request: pb.CreateKernelRequest, context: CallContext
     ) -> pb.CreateKernelResponse:
         require(validate.create_kernel(request))
         digest = await asyncio.to_thread(digest_of_kernel, request.kernel)
-        return await asyncio.wrap_future(self._library.create_kernel(request, digest))
+        return await awaitable(self._library.create_kernel(request, digest))
 
     async def GetKernel(
         self, request: pb.GetKernelRequest, context: CallContext
@@ -86,25 +87,25 @@ class LibraryServicer(library_pb2_grpc.LibraryServiceServicer):
         self, request: pb.ArchiveKernelRequest, context: CallContext
     ) -> pb.ArchiveKernelResponse:
         require(validate.archive(request, "kernels"))
-        return await asyncio.wrap_future(self._library.archive_kernel(request))
+        return await awaitable(self._library.archive_kernel(request))
 
     async def UpdateKernelState(
         self, request: pb.UpdateKernelStateRequest, context: CallContext
     ) -> pb.UpdateKernelStateResponse:
         require(validate.update_kernel_state(request))
-        return await asyncio.wrap_future(self._library.update_kernel_state(request))
+        return await awaitable(self._library.update_kernel_state(request))
 
     async def RecordMeasurement(
         self, request: pb.RecordMeasurementRequest, context: CallContext
     ) -> pb.RecordMeasurementResponse:
         require(validate.record_measurement(request))
-        return await asyncio.wrap_future(self._library.record_measurement(request))
+        return await awaitable(self._library.record_measurement(request))
 
     async def RecordFieldReport(
         self, request: pb.RecordFieldReportRequest, context: CallContext
     ) -> pb.RecordFieldReportResponse:
         require(validate.record_field_report(request))
-        return await asyncio.wrap_future(self._library.record_field_report(request))
+        return await awaitable(self._library.record_field_report(request))
 
     async def ListFieldReports(
         self, request: pb.ListFieldReportsRequest, context: CallContext

@@ -8,6 +8,7 @@ from esper.services.serving.errors import invalid
 from esper.services.serving.errors import require
 from esper.services.serving.errors import unavailable
 from esper.services.store.followers import first_of
+from esper.services.store.waking import awaitable
 from esper.services.urza import validate
 from esper.services.urza.names import check_run_name
 from esper.services.urza.runs import Runs
@@ -37,7 +38,7 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
         self, request: run_pb2.CreateRunRequest, context: CallContext
     ) -> run_pb2.CreateRunResponse:
         require(validate.create_run(request))
-        return await asyncio.wrap_future(self._runs.create(request))
+        return await awaitable(self._runs.create(request))
 
     async def AppendRunEvents(
         self,
@@ -75,7 +76,7 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
                     if waiting.empty() or len(batch) == MAX_WAITING:
                         break
                     entry = waiting.get_nowait()
-                run, problem = await asyncio.wrap_future(self._runs.append(name, batch))
+                run, problem = await awaitable(self._runs.append(name, batch))
                 if problem is not None:
                     raise problem
                 answer = run_pb2.AppendRunEventsResponse(num_events=run.num_events, head=run.head)

@@ -3,9 +3,11 @@
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import threading
 from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +17,10 @@ from esper.services.serving.errors import invalid
 from esper.services.serving.errors import unavailable
 from esper.services.serving.limits import MAX_CHUNK_BYTES
 from esper.services.store.limits import RETRY_AFTER_S
+from esper.urza.framing import Bytes
 
+SYNC_BYTES = 8 << 20
+"""How much of a file is written before the disk is set to work on it."""
 INLINE_BYTES = 64 << 10
 """Blobs up to this size are kept in the row; larger ones are files."""
 
@@ -54,10 +59,13 @@ class Upload:
         self._hasher = hashlib.sha256()
         self._content = bytearray()
         self._ended = False
+        self._syncing: EarlySync | None = None
         self.size_bytes = 0
         """Number of bytes held so far."""
-        self._file = None if digest.size_bytes <= INLINE_BYTES else path.open("a+b")
+        is_small = digest.size_bytes <= INLINE_BYTES
+        self._file = None if is_small else path.open("a+b", buffering=0)
         if self._file is not None:
+            self._syncing = EarlySync(self._file.fileno())
             self._file.seek(0)
             while chunk := self._file.read(MAX_CHUNK_BYTES):
                 self._hasher.update(chunk)
@@ -68,7 +76,7 @@ class Upload:
         """Whether as many bytes are held as the digest says."""
         return self.size_bytes == self._digest.size_bytes
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: Bytes) -> None:
         """Appends a chunk.
 
         Raises:
@@ -85,11 +93,12 @@ class Upload:
             if self.size_bytes + len(data) > self._digest.size_bytes:
                 rule = f"must not go beyond the size of the blob, {self._digest.size_bytes} bytes"
                 raise invalid("data", f"{len(data)} bytes at {offset}", rule)
-            if self._file is None:
+            if self._file is None or self._syncing is None:
                 self._content += data
             else:
                 try:
-                    self._file.write(data)
+                    _write_all(self._file, data)
+                    self._syncing.note(len(data))
                 except OSError as error:
                     raise _disk_error(error) from error
             self._hasher.update(data)
@@ -113,9 +122,7 @@ class Upload:
                 durable = self._blobs.enter_content(self._digest, bytes(self._content))
             else:
                 try:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-                    self._file.close()
+                    self._sync_and_close()
                     durable = self._blobs.enter_file(self._digest, self._path)
                 except OSError as error:
                     # What a sync that failed has left is unknown, and the next one may wrongly
@@ -134,9 +141,7 @@ class Upload:
                 return 0
             try:
                 if not self._file.closed:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-                    self._file.close()
+                    self._sync_and_close()
                 self._blobs.park(self._path, self._digest.hash)
             except OSError:  # a full disk: what cannot be kept is not
                 self._drop()
@@ -149,10 +154,17 @@ class Upload:
         with self._lock:
             self._drop()
 
+    def _sync_and_close(self) -> None:
+        if self._file is not None and self._syncing is not None:
+            self._syncing.end()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
     def _drop(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # closing writes what is left to write
-                self._file.close()
+        if self._file is not None and self._syncing is not None:
+            with contextlib.suppress(OSError):
+                self._syncing.end()
+            self._file.close()
             self._path.unlink(missing_ok=True)
         self._end()
 
@@ -160,6 +172,54 @@ class Upload:
         if not self._ended:
             self._ended = True
             self._blobs.end_upload(self._digest)
+
+
+class EarlySync:
+    """Has the disk write a file while more of it comes, so that the last sync has little to do.
+
+    Args:
+        handle: The file, open until `end` has returned.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._thread: ThreadPoolExecutor | None = None
+        self._last: Future[None] | None = None
+        self._unsynced_bytes = 0
+
+    def note(self, size_bytes: int) -> None:
+        """Tells that so much more has been written.
+
+        Raises:
+            OSError: Where an earlier part could not be made durable: the system says so only once.
+        """
+        self._unsynced_bytes += size_bytes
+        if self._unsynced_bytes < SYNC_BYTES or (self._last is not None and not self._last.done()):
+            return
+        if self._last is not None:
+            self._last.result()
+        self._unsynced_bytes = 0
+        self._thread = self._thread or ThreadPoolExecutor(1, "blob-sync")
+        self._last = self._thread.submit(os.fdatasync, self._handle)
+
+    def end(self) -> None:
+        """Waits for the disk.
+
+        Raises:
+            OSError: As `note` does.
+        """
+        if self._thread is not None:
+            self._thread.shutdown()
+        if self._last is not None:
+            last, self._last = self._last, None
+            last.result()
+
+
+def _write_all(file: io.FileIO, data: Bytes) -> None:
+    """Writes everything: a nearly full disk takes a part first and refuses the rest."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 def _disk_error(error: OSError) -> Exception:

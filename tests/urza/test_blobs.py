@@ -23,7 +23,7 @@ from esper.urza.v1 import blob_pb2_grpc
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("size", [0, 1, 65536, 65537, 5 * MIB + 3])
+@pytest.mark.parametrize("size", [0, 1, 65536, 65537, 5 * MIB + 3, 20 * MIB + 1])
 def test_blobs_make_the_round_trip(urza: UrzaClient, size: int) -> None:
     data = os.urandom(size)
     digest = digest_of(data)
@@ -32,6 +32,17 @@ def test_blobs_make_the_round_trip(urza: UrzaClient, size: int) -> None:
     assert urza.write_blob(data) == digest
     assert urza.read_blob(digest) == data
     assert urza.find_missing_blobs([digest]) == []
+
+
+@pytest.mark.parametrize("size", [100, 9 * MIB])
+def test_a_digest_that_is_known_is_taken_and_verified(urza: UrzaClient, size: int) -> None:
+    data, other = os.urandom(size), os.urandom(size)
+    assert urza.write_blob(data, digest_of(data)) == digest_of(data)
+    assert urza.read_blob(digest_of(data)) == data
+    error = refusal(lambda: urza.write_blob(data, digest_of(other)))
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert [violation.field for violation in error.violations] == ["digest.hash"]
+    assert urza.find_missing_blobs([digest_of(other)]) == [digest_of(other)]
 
 
 def test_missing_blobs_are_found_among_many(urza: UrzaClient) -> None:
