@@ -8,6 +8,7 @@
 #include "kernels/cpu/capability.h"
 #include "kernels/stats.h"
 #include "ops/plan.h"
+#include "ops/recycled.h"
 #include "seedbank/seed_bank.h"
 
 namespace py = pybind11;
@@ -166,5 +167,6 @@ PYBIND11_MODULE(_C, m) {
 
   m.attr("STATS_COLUMNS") = py::tuple(py::cast(esper::kStatsColumns));
   m.attr("PLAN_FIELDS") = py::tuple(py::cast(esper::kPlanFields));
+  m.def("release_memory", &esper::release_recycled);
   m.def("merge_stats", &merge_stats, py::arg("acc").noconvert(), py::arg("other").noconvert());
 }

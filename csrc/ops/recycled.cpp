@@ -43,11 +43,12 @@ class Pool {
     const std::lock_guard lock(mutex_);
     kept_.push_back(block);
     num_kept_ += block.bytes;
-    while (num_kept_ > kMostKept) {  // the oldest goes
-      num_kept_ -= kept_.front().bytes;
-      std::free(kept_.front().memory);
-      kept_.pop_front();
-    }
+    shrink(kMostKept);
+  }
+
+  void release() {
+    const std::lock_guard lock(mutex_);
+    shrink(0);
   }
 
  private:
@@ -58,6 +59,14 @@ class Pool {
     madvise(memory, bytes, MADV_HUGEPAGE);  // only advice: small pages do as well
 #endif
     return {memory, bytes};
+  }
+
+  void shrink(std::size_t most) {
+    while (num_kept_ > most) {  // the oldest goes
+      num_kept_ -= kept_.front().bytes;
+      std::free(kept_.front().memory);
+      kept_.pop_front();
+    }
   }
 
   std::mutex mutex_;
@@ -91,5 +100,7 @@ at::Tensor recycled_empty(at::IntArrayRef sizes, const at::TensorOptions& option
   tensor.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
   return tensor;
 }
+
+void release_recycled() { pool().release(); }
 
 }  // namespace esper

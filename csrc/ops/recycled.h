@@ -9,4 +9,7 @@ namespace esper {
 // every call would pay for fresh pages again; here some are kept, in pages of 2 MB where the system has them.
 at::Tensor recycled_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
+// Gives the memory that is kept back to the system.
+void release_recycled();
+
 }  // namespace esper

@@ -13,6 +13,8 @@ from slot_oracle import close
 from slot_oracle import laid_out
 from slot_oracle import seed_function
 
+from esper import _C
+
 WIDTH, RANK = 310, 420  # two matrices of more than half a megabyte in float32
 
 
@@ -147,3 +149,6 @@ def test_results_have_memory_of_their_own_until_they_are_freed():
     assert third.shape == (3, 5)
     first.untyped_storage().resize_(first.nbytes * 2)
     assert torch.equal(first, copy)
+    del third
+    _C.release_memory()
+    assert torch.equal(slot.run()[0], copy)
