@@ -130,7 +130,7 @@ def width(seed: int) -> Arena:
         },
         ablations=ablations(config),
         bars=(Bar(arm=GROWN, against=FINAL_EQUAL, floor=-0.2, point=0.0),),
-        num_seeds=20,
+        num_seeds=100,
     )
 
 
@@ -250,7 +250,7 @@ def conv(seed: int) -> Arena:
 
 def text(seed: int) -> Arena:
     """Characters of the standard library, a transformer whose feed-forward blocks grow from 8."""
-    task = replace(tasks.get("text"), batch_size=8)
+    task = tasks.get("text")
     levels, layers, features = 2, 2, 32
 
     def plain(seed: int, size: int) -> nn.Module:
@@ -266,9 +266,9 @@ def text(seed: int) -> Arena:
         return esper.wrap(model, target_layers=names, seeds_per_layer=1)
 
     config = EsperConfig(
-        candidates=(Candidate(blueprint="widen", ranks=(16, 32, 64, 128)),),
-        graft=replace(DIRECT, ramp_steps=45),
-        growth=replace(EARLY, max_slot_growth=4.0, max_live=4),
+        candidates=(Candidate(blueprint="widen", ranks=(128,)),),
+        graft=replace(DIRECT, ramp_steps=70),
+        growth=replace(EARLY, first_epoch=3, max_slot_growth=20.0, max_live=4),
         telemetry_interval=50,
         evaluation_interval=100,
     )
@@ -283,9 +283,9 @@ def text(seed: int) -> Arena:
         plain=plain,
         size=size_by_parameters(plain),
         small=8,
-        steps=1000,
-        epochs=20,
-        num_held_out=64,
+        steps=1600,
+        epochs=16,
+        num_held_out=128,
         config=config,
         grown=Recipe(learning_rate=0.01),
         static={FINAL: Recipe(learning_rate=0.01)},
