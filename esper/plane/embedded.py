@@ -38,7 +38,7 @@ class EmbeddedPlane:
     def __init__(
         self,
         data_dir: Path | None = None,
-        startup_timeout_s: float = 30.0,
+        startup_timeout_s: float = 60.0,
         services: Sequence[str] = ("all",),
     ) -> None:
         # Not under TMPDIR: the path of a Unix socket must be short.
