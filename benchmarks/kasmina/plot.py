@@ -145,19 +145,20 @@ def _map_of(
 
 def table(groups: Panels, memory: dict[str, dict[str, float]]) -> str:
     """Returns a row a shape: ratio of the best alternative, its name, share of the roofline."""
-    lines = [
-        f"| tokens, width, seeds, rank | {' | '.join(GROUPS)} | MB, ours / least other |",
-        "|---" * (len(GROUPS) + 2) + "|",
-    ]
+    heads = ["tokens, width, seeds, rank", *GROUPS]
+    if memory:
+        heads.append("MB, ours / least other")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for shape in groups[GROUPS[0]]:
         cells = [groups.get(group, {}).get(shape) for group in GROUPS]
         shown = [
             "-" if cell is None else f"{cell.ratio:.2f} {cell.best}, {cell.roofline:.0%}"
             for cell in cells
         ]
-        others = dict(memory.get(shape, {}))
-        own = others.pop("ours", None)
-        shown.append("-" if own is None else f"{own:.0f} / {min(others.values()):.0f}")
+        if memory:
+            others = dict(memory.get(shape, {}))
+            own = others.pop("ours", None)
+            shown.append("-" if own is None else f"{own:.0f} / {min(others.values()):.0f}")
         (tokens, width), (seeds, rank) = _place(shape)
         lines.append(f"| {tokens}, {width}, {seeds}, {rank} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
