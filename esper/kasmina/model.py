@@ -282,7 +282,7 @@ class MorphableModel(SlottedModel):
 
         Returns:
             The seed's parameters, which the model has no more: an optimizer that trains them has to
-            give them up.
+            give them up (``esper.tolaria.optimizers.forget``).
 
         Raises:
             ValueError: If the weight cannot stand for the seed (see ``esper.kasmina.folding``): the

@@ -135,6 +135,28 @@ def check_supported(optimizer: Optimizer) -> None:
         _twin(optimizer, group, [nn.Parameter(torch.zeros(1, 1))])
 
 
+def forget(
+    optimizer: Optimizer, parameters: Iterable[nn.Parameter]
+) -> dict[nn.Parameter, dict[str, object]]:
+    """Takes parameters out of an optimizer, such as those of a seed that was folded.
+
+    Args:
+        optimizer: Any optimizer that keeps its state by parameter.
+        parameters: The parameters; those that it does not train are passed over.
+
+    Returns:
+        What it kept for each of them.
+    """
+    gone = {id(parameter): parameter for parameter in parameters}
+    for group in optimizer.param_groups:
+        stay = [id(parameter) not in gone for parameter in group["params"]]
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key] = list(compress(group[key], stay))
+    kept = [parameter for parameter in gone.values() if parameter in optimizer.state]
+    return {parameter: optimizer.state.pop(parameter) for parameter in kept}
+
+
 @dataclass(frozen=True, slots=True)
 class NewbornState:
     """Where a newborn's optimizer is.
@@ -269,15 +291,8 @@ class NewbornOptimizer:
 
     def take_back(self) -> None:
         """Takes parameters that have graduated, and their state, out of the user's optimizer."""
-        group = self.host_optimizer.param_groups[self._group_index]
-        mine = {id(parameter) for parameter in self._parameters}
-        stay = [id(parameter) not in mine for parameter in group["params"]]
-        for key in ("params", "param_names"):
-            if key in group:
-                group[key] = list(compress(group[key], stay))
-        for parameter in self._parameters:
-            if parameter in self.host_optimizer.state:
-                self._optimizer.state[parameter] = self.host_optimizer.state.pop(parameter)
+        for parameter, state in forget(self.host_optimizer, self._parameters).items():
+            self._optimizer.state[parameter] = state
         self.settle()
 
     def graduate(self) -> None:

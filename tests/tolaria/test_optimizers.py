@@ -10,10 +10,12 @@ from torch.optim import Optimizer
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
+import esper
 from esper.tolaria.optimizers import NewbornOptimizer
 from esper.tolaria.optimizers import check_all
 from esper.tolaria.optimizers import check_supported
 from esper.tolaria.optimizers import find_home
+from esper.tolaria.optimizers import forget
 from esper.tolaria.optimizers import host_group_index
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
@@ -244,3 +246,36 @@ def test_a_graduate_of_named_parameters_has_its_name() -> None:
     newborn = NewbornOptimizer([_parameter(1)], optimizer, 0, names=["seed"])
     newborn.graduate()
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["host", "seed"]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_optimizer_forgets_a_folded_fossil_and_trains_on(named: bool) -> None:
+    torch.manual_seed(0)
+    model = esper.wrap(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)))
+    x = torch.randn(5, 6)
+    model(x)
+    model.germinate("0", 1, "lora", rank=1)
+    for state in ("TRAINING", "GRAFTING", "STABILIZATION", "EVALUATING", "FOSSILIZED"):
+        model.advance("0", 1, state)
+    optimizer = torch.optim.Adam(list(model.named_parameters() if named else model.parameters()))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    step()
+    host = list(model.host.parameters())
+    moments = [optimizer.state[p]["exp_avg"] for p in host]
+    seed = model.seed_parameters("0", 1)
+    assert set(forget(optimizer, model.fold("0", 1))) == set(seed)
+    (group,) = optimizer.param_groups
+    assert list(map(id, group["params"])) == list(map(id, host))
+    if named:
+        assert group["param_names"] == [name for name, _ in model.named_parameters()]
+    assert list(map(id, optimizer.state)) == list(map(id, host))
+    assert [optimizer.state[p]["exp_avg"] for p in host] == moments, "the same objects"
+    before = [p.detach().clone() for p in host]
+    step()
+    assert not any(torch.equal(*pair) for pair in zip(before, host, strict=True))
+    assert forget(optimizer, seed) == {}
