@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from hypothesis import example
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -10,6 +11,7 @@ from esper.kasmina import wrap
 from esper.kasmina.slots import encode
 
 
+@example(["a.b", "a/b", "a_b", "a~1b", "a~b", "a~0b"])
 @given(st.lists(st.text("ab./_~01"), unique=True, max_size=6))
 def test_different_names_stay_different_and_lose_their_dots(names):
     encoded = [encode(name) for name in names]
