@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+from collections.abc import Awaitable
+from collections.abc import Callable
 from collections.abc import Iterator
 
 import pytest
@@ -86,28 +88,67 @@ def test_read_a_blob(beside: Beside, pair: Pair, size_bytes: int) -> None:
 
 @pytest.mark.parametrize("clients", CLIENTS[1:])
 @pytest.mark.parametrize("size_bytes", SIZES[:2], ids=list(NAMES.values())[:2])
-def test_blobs_of_many_clients(
+def test_many_clients_write_blobs(
     beside: Beside, pair: Pair, runner: asyncio.Runner, size_bytes: int, clients: int
 ) -> None:
     fresh = contents(size_bytes)
     urza = AsyncUrzaClient(pair.ours)
-    digest = pair.plane.urza.write_blob(next(fresh))
-    asked = str(size_bytes).encode()
     sent = pieces(next(fresh))
     upload = pair.bare_async.stream_unary("/bare/Upload", same, same)
+
+    async def bare_write() -> bytes:
+        return await upload(iter(sent))
+
+    _many(
+        beside,
+        runner,
+        f"write {NAMES[size_bytes]}, {clients} clients",
+        lambda: urza.write_blob(next(fresh)),
+        bare_write,
+        clients,
+        size_bytes,
+    )
+
+
+@pytest.mark.parametrize("clients", CLIENTS[1:])
+@pytest.mark.parametrize("size_bytes", SIZES[:2], ids=list(NAMES.values())[:2])
+def test_many_clients_read_a_blob(
+    beside: Beside, pair: Pair, runner: asyncio.Runner, size_bytes: int, clients: int
+) -> None:
+    urza = AsyncUrzaClient(pair.ours)
+    digest = pair.plane.urza.write_blob(next(contents(size_bytes)))
     download = pair.bare_async.unary_stream("/bare/Download", same, same)
+    asked = str(size_bytes).encode()
 
     async def bare_read() -> bytes:
         return b"".join([chunk async for chunk in download(asked)])
 
-    calls = max(calls_of(size_bytes), clients)
-    name = f"{NAMES[size_bytes]}, {clients} clients"
-    beside(
-        f"read {name}",
-        lambda: runner.run(together(lambda: urza.read_blob(digest), clients, calls, size_bytes)),
-        {"bare stream": lambda: runner.run(together(bare_read, clients, calls, size_bytes))},
+    _many(
+        beside,
+        runner,
+        f"read {NAMES[size_bytes]}, {clients} clients",
+        lambda: urza.read_blob(digest),
+        bare_read,
+        clients,
+        size_bytes,
     )
-    assert urza is not None and upload is not None and sent
+
+
+def _many(
+    beside: Beside,
+    runner: asyncio.Runner,
+    group: str,
+    ours: Callable[[], Awaitable[object]],
+    bare: Callable[[], Awaitable[object]],
+    clients: int,
+    size_bytes: int,
+) -> None:
+    calls = max(calls_of(size_bytes), clients)
+    beside(
+        group,
+        lambda: runner.run(together(ours, clients, calls, size_bytes)),
+        {"bare stream": lambda: runner.run(together(bare, clients, calls, size_bytes))},
+    )
 
 
 @pytest.mark.parametrize("clients", CLIENTS)
