@@ -196,7 +196,8 @@ class EsperConfig:
         evaluation_interval: Every how many epochs the held-out loss is measured; trials are held
             when they are due, and the last epoch is always measured.
         telemetry_interval: Every how many training forwards a slot is sampled. None leaves it as
-            the model has it: as many as it has slots, but at least 8.
+            the model has it: as many as it has slots, but at least 8, and stretching within an
+            epoch, see ``MorphableModel.telemetry_interval``.
         lockstep_timeout_s: Longest wait for the plane in ``lockstep`` mode, in seconds; a plane
             that is slower, or away for longer, counts as dead.
     """

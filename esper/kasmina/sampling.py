@@ -6,6 +6,7 @@ from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from esper.kasmina.rows import SampledStep
 from esper.kasmina.slots import SlotTable
 
 _LEAST_INTERVAL = 8
+_STRETCH = 4  # a round of sampling ends when the epoch is so many times as long as at its beginning
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +30,20 @@ class SamplerState:
 
     Attributes:
         interval: Every how many training forwards telemetry is sampled.
+        stretching: Whether the interval grows until the telemetry is collected.
         enabled: Whether it is sampled at all.
         training_forwards: Training forwards so far.
         sampled_forwards: Those of them that were sampled.
+        uncollected_forwards: Training forwards since the telemetry was collected.
         order: Modules in order of execution; None before the first training forward.
     """
 
     interval: int
+    stretching: bool
     enabled: bool
     training_forwards: int
     sampled_forwards: int
+    uncollected_forwards: int
     order: list[str] | None
 
 
@@ -43,7 +51,9 @@ class Sampler:
     """Decides for each forward what is observed; with nothing to observe it only calls the host.
 
     Every slot is sampled in one training forward of each interval. The slots take turns, so that no
-    single step is dear.
+    single step is dear. Unless the interval was set, it stretches within an epoch: the second round
+    ends when the epoch is four times as long as the first one was, the third at sixteen times, and
+    so on. So the first figures of an epoch come soon, and long epochs pay little.
 
     Args:
         host: The user's model.
@@ -59,8 +69,10 @@ class Sampler:
     def __init__(self, host: nn.Module, slots: SlotTable, enabled: bool) -> None:
         self.enabled = enabled
         self._interval = max(_LEAST_INTERVAL, len(slots))  # mostly one slot a step, never more
+        self._stretching = True
         self.training_forwards = 0
         self.sampled_forwards = 0
+        self._uncollected_forwards = 0
         self.order: list[str] | None = None
         self._unknown = {layer.name for layer in slots.values() if layer.width is None}
         # torch fuses a whole encoder layer in inference, past the modules inside it.
@@ -77,17 +89,21 @@ class Sampler:
         """Returns where the sampler stands."""
         return SamplerState(
             self._interval,
+            self._stretching,
             self.enabled,
             self.training_forwards,
             self.sampled_forwards,
+            self._uncollected_forwards,
             self.order,
         )
 
     def resume(self, state: SamplerState) -> None:
         """Goes on from where another stood."""
         self.interval, self.enabled = state.interval, state.enabled
+        self._stretching = state.stretching
         self.training_forwards = state.training_forwards
         self.sampled_forwards = state.sampled_forwards
+        self._uncollected_forwards = state.uncollected_forwards
         self.order = state.order
 
     @property
@@ -99,7 +115,20 @@ class Sampler:
     def interval(self, value: int) -> None:
         if value < 1:
             raise ValueError(f"telemetry_interval is {value}, but it must be at least 1 forward")
-        self._interval = value
+        self._interval, self._stretching = value, False
+
+    def collected(self) -> None:
+        """Notes that what was sampled has been taken away; a stretched interval is short again."""
+        if self._uncollected_forwards >= self._interval:  # else slots wait for their first turn
+            self._uncollected_forwards = 0
+
+    def share(self, num_slots: int) -> float:
+        """Returns the share of the slots that the coming training forward samples.
+
+        Args:
+            num_slots: Number of slots.
+        """
+        return len(self._turn(range(num_slots))) / num_slots if self.enabled else 0.0
 
     def forward(
         self,
@@ -127,6 +156,7 @@ class Sampler:
         sampled = self._turn(slots) if training and self.enabled else frozenset()
         step = SampledStep(self.training_forwards)
         self.training_forwards += training
+        self._uncollected_forwards += training
         record = training and self.order is None
         if not (sampled or record or active or self._unknown):
             return host(*args, **kwargs)
@@ -153,13 +183,17 @@ class Sampler:
                     self._report_missed(slots[name])
         return output
 
-    def _turn(self, slots: SlotTable) -> frozenset[str]:
-        """Names of the slots that the coming forward samples."""
-        position = self.training_forwards % self._interval
+    def _turn(self, slots: Collection[T]) -> frozenset[T]:
+        """Those of the slots that the coming forward samples."""
+        length, position = self._interval, self.training_forwards % self._interval
+        if self._stretching:
+            position = self._uncollected_forwards
+            end = length  # of the round, counted from where the telemetry was collected
+            while self._uncollected_forwards >= end:
+                position, length = self._uncollected_forwards - end, (_STRETCH - 1) * end
+                end += length
         return frozenset(
-            name
-            for number, name in enumerate(slots)
-            if number * self._interval // len(slots) == position
+            slot for number, slot in enumerate(slots) if number * length // len(slots) == position
         )
 
     def _report_missed(self, layer: KasminaLayer) -> None:

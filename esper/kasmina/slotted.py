@@ -68,6 +68,7 @@ class SlottedModel(nn.Module):
     Attributes:
         host: The user's model.
         slots: The slots by the FQN of their module.
+        revision: Grows whenever a seed moves from state to state, or is restored.
     """
 
     host: nn.Module
@@ -90,6 +91,7 @@ class SlottedModel(nn.Module):
         ]
         self.host = host
         self.slots = SlotTable(layers)
+        self.revision = 0
         self._original = original
         self._slot_index = {name: position for position, name in enumerate(self.slots)}
         self._seeds = [
@@ -280,7 +282,9 @@ class SlottedModel(nn.Module):
         """Every how many training forwards a slot is sampled; the slots take turns.
 
         Default: as many forwards as there are slots, but at least 8, so that no forward samples
-        more than one slot.
+        more than one slot. It stretches until ``collect_signals`` is called: the second round of
+        sampling is three times as long as the first, and each further one four times as long as
+        the one before. An interval that is set stays as it is.
         """
         return self._sampler.interval
 
@@ -293,6 +297,11 @@ class SlottedModel(nn.Module):
         """Whether telemetry is sampled."""
         return self._sampler.enabled
 
+    @property
+    def sampled_share(self) -> float:
+        """The share of the slots that the coming training forward samples."""
+        return self._sampler.share(len(self.slots))
+
     def enable_telemetry(self, enabled: bool) -> None:
         """Turns sampling on or off."""
         self._sampler.enabled = enabled
@@ -303,6 +312,7 @@ class SlottedModel(nn.Module):
         Args:
             epoch: Epoch that the figures cover, from 0.
         """
+        self._sampler.collected()
         return [
             signal
             for position, layer in enumerate(self.slots.values())
@@ -362,6 +372,7 @@ class SlottedModel(nn.Module):
     # ---------------------------------------------------------------- helpers
 
     def _rebuild(self, slot: str) -> None:
+        self.revision += 1
         layer = self.slots[slot]
         layer.rebuild([self.seed_state(slot, seed) for seed in range(layer.num_seeds)])
         if layer.computes:

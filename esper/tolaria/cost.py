@@ -9,6 +9,7 @@ the training loop runs at full speed.
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -30,6 +31,21 @@ def count_flops(run: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
+
+
+@dataclass(frozen=True, slots=True)
+class _PerSample:
+    """Floating-point operations for one sample.
+
+    Attributes:
+        forward: Of a forward in eval mode.
+        step: Of a training forward and backward.
+        probes: What it costs more where every slot is sampled.
+    """
+
+    forward: float
+    step: float
+    probes: float
 
 
 class TrainingCost:
@@ -55,7 +71,8 @@ class TrainingCost:
         self._example = example
         self._spent = {"train": 0.0, "evaluation": 0.0, "trial": 0.0}
         self._pooled = 0.0  # of training, by all ranks
-        self._measured: dict[object, tuple[float, float]] = {}
+        self._measured: dict[object, _PerSample] = {}
+        self._current: tuple[object, _PerSample] | None = None
         self._hook = model.register_forward_pre_hook(self._count_samples, with_kwargs=True)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "TrainingCost":
@@ -74,19 +91,24 @@ class TrainingCost:
 
     def add_evaluation(self, num_samples: int) -> None:
         """Charges a held-out forward pass of ``num_samples`` samples."""
-        self._spent["evaluation"] += num_samples * self._per_sample()[0]
+        self._spent["evaluation"] += num_samples * self._per_sample().forward
 
     def add_trial(self, num_samples: int) -> None:
         """Charges the second pass of a held-out trial over ``num_samples`` samples."""
-        self._spent["trial"] += num_samples * self._per_sample()[0]
+        self._spent["trial"] += num_samples * self._per_sample().forward
 
     def forward_flops_per_sample(self) -> int:
         """Operations of the model's forward for one sample, as it stands."""
-        return round(self._per_sample()[0])
+        return round(self._per_sample().forward)
 
     def step_flops_per_sample(self) -> float:
-        """Operations of one training forward and backward for one sample, as the model stands."""
-        return self._per_sample()[1]
+        """Operations of one training forward and backward for one sample, as the model stands.
+
+        Probes count as they do at the telemetry interval, unstretched.
+        """
+        costs, model = self._per_sample(), self._model
+        probed = isinstance(model, MorphableModel) and model.telemetry_enabled
+        return costs.step + (costs.probes / model.telemetry_interval if probed else 0.0)
 
     @property
     def spent(self) -> dict[str, float]:
@@ -116,16 +138,24 @@ class TrainingCost:
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         if module is self._model and module.training and torch.is_grad_enabled():
-            self._spent["train"] += _num_samples(args, kwargs) * self._per_sample()[1]
+            costs = self._per_sample()
+            share = module.sampled_share if isinstance(module, MorphableModel) else 0.0
+            self._spent["train"] += _num_samples(args, kwargs) * (costs.step + share * costs.probes)
 
-    def _per_sample(self) -> tuple[float, float]:
-        structure = _structure(self._model)
-        if structure not in self._measured:
-            self._measured[structure] = self._measure()
-        return self._measured[structure]
+    def _per_sample(self) -> _PerSample:
+        model = self._model
+        known = None  # asked in every forward: what cannot have changed is not looked at again
+        if isinstance(model, MorphableModel):
+            known = (model.revision, model.telemetry_enabled)
+        if self._current is None or self._current[0] != known:
+            structure = _structure(model)
+            if structure not in self._measured:
+                self._measured[structure] = self._measure()
+            self._current = (known, self._measured[structure])
+        return self._current[1]
 
-    def _measure(self) -> tuple[float, float]:
-        """Returns (forward, training step) operations per sample, measured on a copy."""
+    def _measure(self) -> _PerSample:
+        """Measures a copy of the model."""
         twin = plain_copy(self._model)
         if isinstance(twin, MorphableModel):
             for slot, seed in twin.occupied_seeds():
@@ -138,17 +168,14 @@ class TrainingCost:
                 num_samples = len(self._loss(twin, self._example))
                 forward = count_flops(lambda: self._loss(twin, self._example))
             twin.train()
+            probed = None
             if isinstance(twin, MorphableModel) and twin.telemetry_enabled:
-                interval = twin.telemetry_interval
-                twin.enable_telemetry(False)
-                plain = count_flops(lambda: self._train_step(twin))
-                twin.enable_telemetry(True)
                 twin.telemetry_interval = 1
                 probed = count_flops(lambda: self._train_step(twin))
-                step = plain + (probed - plain) / interval
-            else:
-                step = float(count_flops(lambda: self._train_step(twin)))
-        return forward / num_samples, step / num_samples
+                twin.enable_telemetry(False)
+            step = count_flops(lambda: self._train_step(twin))
+        probes = 0 if probed is None else probed - step
+        return _PerSample(forward / num_samples, step / num_samples, probes / num_samples)
 
     def _train_step(self, model: nn.Module) -> None:
         with torch.enable_grad():
@@ -159,6 +186,8 @@ class TrainingCost:
 
 def _num_samples(args: tuple[object, ...], kwargs: dict[str, object]) -> int:
     """Size of the batch: the first axis of the first tensor that has one, in containers too."""
+    if args and isinstance(args[0], torch.Tensor) and args[0].dim() > 0:
+        return len(args[0])  # the usual case, without a walk through containers
     for value in tree_leaves((args, kwargs)):
         if isinstance(value, torch.Tensor) and value.dim() > 0:
             return len(value)
@@ -175,5 +204,4 @@ def _structure(model: nn.Module) -> object:
         for graft in layer.grafts.values()
         if isinstance(graft, Graft)
     )
-    sampled = model.telemetry_interval if model.telemetry_enabled else None
-    return model.bank.states().tobytes(), kernels, sampled
+    return model.bank.states().tobytes(), kernels, model.telemetry_enabled

@@ -335,3 +335,44 @@ def test_checkpointed_hosts_are_measured_and_stay_identical():
         assert torch.equal(parameter.grad, model.host.get_parameter(name).grad)
     assert model.collect_signals(0)[0].HasField("output_gradient_norm")
     assert model.seed_parameters("inner.0", 0)[0].grad is not None
+
+
+def test_the_default_interval_stretches_until_the_signals_are_collected():
+    model = wrap(nn.Sequential(*[nn.Linear(6, 6) for _ in range(2)]), preserve_original=False)
+    shares = []
+
+    def run(num_forwards):
+        del shares[:]
+        for _ in range(num_forwards):
+            shares.append(model.sampled_share)
+            before = model.get_model_stats().sampled_forwards
+            model(X)
+            assert (model.get_model_stats().sampled_forwards > before) == (shares[-1] > 0)
+
+    run(128 + 96)  # rounds of 8, 24, 96 and 384 forwards
+    assert [step for step, share in enumerate(shares) if share] == [0, 4, 8, 20, 32, 80, 128]
+    assert set(shares) == {0.0, 0.5}
+    model.collect_signals(0)
+    run(8)
+    assert [step for step, share in enumerate(shares) if share] == [0, 4]
+
+
+def test_epochs_shorter_than_a_round_sample_every_slot_in_the_end():
+    model = wrap(nn.Sequential(*[nn.Linear(6, 6) for _ in range(8)]), preserve_original=False)
+    seen = set()
+    for _ in range(4):
+        for _ in range(3):
+            model(X)
+        signals = model.collect_signals(0)
+        seen |= {signal.slot for signal in signals if signal.HasField("num_samples")}
+    assert seen == set(model.get_layer_names())
+
+
+def test_an_interval_that_was_set_does_not_stretch():
+    model = wrap(host(), preserve_original=False)
+    model.telemetry_interval = 4
+    shares = []
+    for _ in range(40):
+        shares.append(model.sampled_share > 0)
+        model(X)
+    assert shares == [True, False, True, False] * 10
