@@ -1,11 +1,13 @@
 """Tolaria: the training side of Esper, and the client of all services."""
 
+from esper.tolaria.attribution import attribution
 from esper.tolaria.checkpoint import Checkpoints
 from esper.tolaria.evaluation import SampleLoss
 from esper.tolaria.evaluation import Trial
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import History
 from esper.tolaria.history import LifecycleEvent
+from esper.tolaria.history import SeedAttribution
 from esper.tolaria.session import Session
 from esper.tolaria.session import session
 from esper.tolaria.trainer import Trainer
@@ -16,8 +18,10 @@ __all__ = [
     "History",
     "LifecycleEvent",
     "SampleLoss",
+    "SeedAttribution",
     "Session",
     "Trainer",
     "Trial",
+    "attribution",
     "session",
 ]

@@ -62,10 +62,10 @@ def sample_losses(
     with forked(), evaluating(model):
         for number, batch in enumerate(batches):
             if number % ranks.size == ranks.rank:
-                losses.append(_batch_losses(model, batch, loss))
+                losses.append(batch_losses(model, batch, loss))
         idle = -(number + 1) % ranks.size  # ranks that have no batch in the last round
         if ranks.rank >= ranks.size - idle:
-            _batch_losses(model, batch, loss)  # a sharded model computes on all ranks or on none
+            batch_losses(model, batch, loss)  # a sharded model computes on all ranks or on none
     reshard(model)
     losses = _in_turns(ranks.gather(_Part(number + 1, losses)))
     if sum(len(values) for values in losses) == 0:
@@ -73,7 +73,12 @@ def sample_losses(
     return torch.cat(losses)
 
 
-def _batch_losses(model: nn.Module, batch: Batch, loss: SampleLoss) -> Tensor:
+def batch_losses(model: nn.Module, batch: Batch, loss: SampleLoss) -> Tensor:
+    """Returns the losses of a batch's samples, float64 on the CPU, shape [samples].
+
+    Raises:
+        ValueError: If ``loss`` does not return one loss per sample.
+    """
     values = loss(model, batch)
     if values.dim() != 1:
         raise ValueError(

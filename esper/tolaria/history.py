@@ -131,6 +131,31 @@ class TrialRecord:
     flops_per_sample: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedAttribution:
+    """What one live seed is worth in the model as it stands.
+
+    Attributes:
+        slot: Name of the slot.
+        seed: Index of the seed in the slot.
+        state: Name of its state.
+        kernel: Digest of its kernel.
+        gain: Mean held-out loss with this seed alone muted, minus that of the model as it is.
+        low: Lower end of the gain's 95 percent confidence interval, paired by sample.
+        high: Upper end of it.
+        num_samples: Number of held-out samples.
+    """
+
+    slot: str
+    seed: int
+    state: str
+    kernel: str
+    gain: float
+    low: float
+    high: float
+    num_samples: int
+
+
 @dataclass(slots=True)
 class History:
     """The record of a run.

@@ -44,6 +44,7 @@ from esper.tolaria import recipe
 from esper.tolaria import trials
 from esper.tolaria.asking import signatures
 from esper.tolaria.asking import to_proto
+from esper.tolaria.attribution import attribution as measure_attribution
 from esper.tolaria.checkpoint import Checkpoint
 from esper.tolaria.checkpoint import read_checkpoint
 from esper.tolaria.checkpoint import write_checkpoint
@@ -56,6 +57,7 @@ from esper.tolaria.evaluation import sample_losses
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import History
 from esper.tolaria.history import LifecycleEvent
+from esper.tolaria.history import SeedAttribution
 from esper.tolaria.link import Address
 from esper.tolaria.link import Advice
 from esper.tolaria.link import PlaneLink
@@ -286,6 +288,17 @@ class Session:
         self._epoch += 1
         self._epoch_first_step = self._step
         return record
+
+    def attribution(self) -> list[SeedAttribution]:
+        """Measures what each live seed is worth now: held-out loss with that seed alone muted.
+
+        One pass over the held-out data; it is on the bill as an evaluation and as trials.
+        """
+        records = measure_attribution(self._model, self._held_out, self._loss)
+        if records:
+            self.cost.add_evaluation(records[0].num_samples)
+            self.cost.add_trial(len(records) * records[0].num_samples)
+        return records
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes a checkpoint from which ``resume`` goes on; call it between two steps.

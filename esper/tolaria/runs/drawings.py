@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from esper.tolaria.history import History
 from esper.tolaria.history import LifecycleEvent
+from esper.tolaria.history import SeedAttribution
 from esper.tolaria.plots import Series
 from esper.tolaria.plots import growth_curves
 
@@ -127,6 +128,21 @@ def trials(history: History) -> str:
     names = [f"epoch {one.epoch}  {one.slot}[{one.seed}]" for one in records]
     axes.set_yticks(range(len(records)), names)
     axes.set_xlabel("held-out loss that the seed saves; the bar is its price")
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def attribution(records: Sequence[SeedAttribution]) -> str:
+    """Draws what each live seed saves of the held-out loss, with its 95 percent interval."""
+    figure = Figure(figsize=(9, 0.9 + 0.35 * max(1, len(records))), layout="constrained")
+    axes = figure.subplots()
+    for lane, record in enumerate(records):
+        axes.plot([record.low, record.high], [lane, lane], color="#238b45", linewidth=2)
+        axes.plot(record.gain, lane, marker="o", color="#238b45")
+    axes.axvline(0, color="gray", linewidth=1)
+    axes.set_yticks(range(len(records)), [f"{one.slot}[{one.seed}]" for one in records])
+    axes.set_xlabel("held-out loss that the seed saves")
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
     return _svg(figure)

@@ -7,6 +7,7 @@
 | metrics.jsonl | one line per epoch; metrics.csv has the same as a table |
 | events.jsonl | one line per move of a seed |
 | trials.jsonl | one line per held-out trial |
+| attribution.jsonl | what each seed of the finished model is worth on the held-out data |
 | checkpoints/ | what the run can go on from |
 | plane/ | the store of the run's own plane, with its hash-chained history |
 | model/ | the finished model, see docs/model-format.md |
@@ -29,6 +30,7 @@ import cattrs
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import History
 from esper.tolaria.history import LifecycleEvent
+from esper.tolaria.history import SeedAttribution
 from esper.tolaria.history import TrialRecord
 
 CONFIG_FILE = "config.yaml"
@@ -37,6 +39,7 @@ METRICS_FILE = "metrics.jsonl"
 TABLE_FILE = "metrics.csv"
 EVENTS_FILE = "events.jsonl"
 TRIALS_FILE = "trials.jsonl"
+ATTRIBUTION_FILE = "attribution.jsonl"
 REPORT_FILE = "report.html"
 
 T = TypeVar("T")
@@ -155,6 +158,10 @@ class RunFolder:
         self._write(EVENTS_FILE, _lines(event.to_json() for event in history.events))
         self._write(TRIALS_FILE, _lines(asdict(trial) for trial in history.trials))
 
+    def write_attribution(self, records: Iterable[SeedAttribution]) -> None:
+        """Writes what each seed of the finished model is worth."""
+        self._write(ATTRIBUTION_FILE, _lines(asdict(record) for record in records))
+
     def info(self) -> RunInfo:
         """Returns run.json.
 
@@ -176,6 +183,10 @@ class RunFolder:
     def trials(self) -> list[TrialRecord]:
         """Returns the held-out trials."""
         return list(self._rows(TRIALS_FILE, TrialRecord))
+
+    def attribution(self) -> list[SeedAttribution]:
+        """Returns what each seed of the finished model is worth; empty before it is finished."""
+        return list(self._rows(ATTRIBUTION_FILE, SeedAttribution))
 
     def events(self) -> list[LifecycleEvent]:
         """Returns the moves of the seeds."""

@@ -40,6 +40,8 @@ def report(folder: RunFolder) -> str:
         lanes=Markup(drawings.lanes(history)),
         trials=history.trials,
         trials_drawing=Markup(drawings.trials(history)),
+        attribution=(shares := folder.attribution()),
+        attribution_drawing=Markup(drawings.attribution(shares)),
         size=Markup(drawings.size(history)),
         structure=Markup(drawings.structure(parts)) if parts else None,
         events=history.events,

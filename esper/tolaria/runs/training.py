@@ -17,6 +17,7 @@ from esper.config import EsperConfig
 from esper.kasmina import MorphableModel
 from esper.kasmina import wrap
 from esper.plane import EmbeddedPlane
+from esper.tolaria.attribution import attribution
 from esper.tolaria.checkpoint import Checkpoints
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.report import versions
@@ -137,6 +138,7 @@ def train(
     if rank != 0:
         return info
     folder.write_history(history)
+    folder.write_attribution(attribution(model, task.held_out_batches(), task.loss))
     save(model, folder.model_path, task=config.task, history=history.events)
     info.results = {
         "test_accuracy": task.accuracy(model, task.test),
