@@ -22,7 +22,8 @@ class Candidate:
 
     Attributes:
         blueprint: Name of a starting blueprint, see ``esper.blueprints.names()``.
-        ranks: Ranks to compile; the controller picks one per graft.
+        ranks: Ranks to compile; the controller picks one per graft. Empty for a blueprint that has
+            no rank, such as ``affine``, which gives one kernel.
         hyperparameters: Further hyperparameters of the blueprint, the same for all ranks.
     """
 
@@ -31,7 +32,6 @@ class Candidate:
     hyperparameters: Mapping[str, Hyperparameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(len(self.ranks) > 0, "ranks", self.ranks, "it must name at least one rank")
         for rank in self.ranks:
             _require(rank >= 1, "ranks", rank, "every rank must be at least 1")
 

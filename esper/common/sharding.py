@@ -8,6 +8,7 @@ importing torch, so they are imported only where a user has done so already.
 import copy
 import shutil
 import sys
+from collections.abc import Iterable
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -73,17 +74,24 @@ def like(whole: Tensor, target: Tensor) -> Tensor:
     return distribute_tensor(there, target.device_mesh, target.placements, src_data_rank=None)
 
 
-def plain_copy(model: nn.Module) -> nn.Module:
-    """Returns a deep copy that belongs to this process alone.
+def plain_copy(model: nn.Module, kept: Iterable[object] = ()) -> nn.Module:
+    """Returns a copy to try things out on, which belongs to this process alone.
 
-    Sharded parameters are whole in it and hold zeros: nothing is sent. All else is as it is.
+    Its parameters are its own, without gradients, but lie in the memory of the model's: change no
+    values. Sharded ones are whole in it and hold zeros: nothing is sent. All else is copied.
+
+    Args:
+        model: The model.
+        kept: Parts of it that are not copied but shared.
     """
+    memo: dict[int, object] = {id(part): part for part in kept}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     if not is_sharded(model):
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     from torch.distributed.fsdp import FSDPModule
 
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    memo: dict[int, object] = {}
     for parameter in model.parameters():
         if is_part(parameter):
             zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)

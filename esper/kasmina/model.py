@@ -118,6 +118,11 @@ class MorphableModel(SlottedModel):
         memo[id(self.observers)] = []  # they watch this model, not its copies
         return super().__deepcopy__(memo)
 
+    @property
+    def archive(self) -> tuple[object, ...]:
+        """What the model keeps and computes nothing with: the original, and kernels seen so far."""
+        return self._original, self.kernel_cache
+
     def get_model_stats(self) -> ModelStats:
         """Returns what is known of the whole model."""
         states = Counter(SeedLifecycleState(int(state)) for state in self._bank.states())

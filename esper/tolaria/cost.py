@@ -3,7 +3,7 @@
 ``torch.utils.flop_counter`` counts one forward and backward of a copy of the model for every
 structure that the model takes on; the result is multiplied by the samples that went through. So
 seeds in every state, telemetry probes, held-out evaluation and trials are all on the bill, and
-the training loop runs at full speed.
+the training loop runs at full speed. The copy shares the model's parameters in memory.
 """
 
 from collections.abc import Callable
@@ -107,8 +107,9 @@ class TrainingCost:
         Probes count as they do at the telemetry interval, unstretched.
         """
         costs, model = self._per_sample(), self._model
-        probed = isinstance(model, MorphableModel) and model.telemetry_enabled
-        return costs.step + (costs.probes / model.telemetry_interval if probed else 0.0)
+        if isinstance(model, MorphableModel):  # without telemetry the probes cost 0
+            return costs.step + costs.probes / model.telemetry_interval
+        return costs.step
 
     @property
     def spent(self) -> dict[str, float]:
@@ -156,7 +157,11 @@ class TrainingCost:
 
     def _measure(self) -> _PerSample:
         """Measures a copy of the model."""
-        twin = plain_copy(self._model)
+        model = self._model
+        twin = plain_copy(model, model.archive if isinstance(model, MorphableModel) else ())
+        for parameter in twin.parameters():
+            if parameter.requires_grad:  # a second set of gradients would be as large as the model
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
         if isinstance(twin, MorphableModel):
             for slot, seed in twin.occupied_seeds():
                 # The first and last step of a ramp cost less; whichever is measured stands for all.
@@ -182,6 +187,10 @@ class TrainingCost:
             loss = self._loss(model, self._example).mean()
             if loss.requires_grad:  # a frozen host without seeds has no backward
                 torch.autograd.backward(loss)
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
 
 
 def _num_samples(args: tuple[object, ...], kwargs: dict[str, object]) -> int:

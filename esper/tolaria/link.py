@@ -140,7 +140,7 @@ def check_candidates(candidates: Sequence[Candidate]) -> None:
         ValueError: If a blueprint does not exist or does not take its ranks or hyperparameters.
     """
     for candidate in candidates:
-        for rank in candidate.ranks:
+        for rank in _ranks(candidate):
             _blueprint(candidate, rank)
 
 
@@ -427,18 +427,25 @@ def _compile_candidate(
     candidate: Candidate, signature: kernel_pb2.KernelSignature, plane: Plane
 ) -> Iterator[str]:
     """Compiles a candidate in all its ranks for one place; yields the kernels' names."""
-    for rank in candidate.ranks:
+    for rank in _ranks(candidate):
         blueprint = _blueprint(candidate, rank)
         if _source(blueprint) != signature.source:
             return
         try:
             yield plane.tezzeret.compile(blueprint, signature).name
         except CompileError as error:
-            _log.warning("esper: %s of rank %d: %s", candidate.blueprint, rank, error)
+            _log.warning("esper: %s of rank %s: %s", candidate.blueprint, rank, error)
 
 
-def _blueprint(candidate: Candidate, rank: int) -> blueprint_pb2.Blueprint:
-    return blueprints.get(candidate.blueprint, rank=rank, **dict(candidate.hyperparameters))
+def _ranks(candidate: Candidate) -> tuple[int | None, ...]:
+    return candidate.ranks or (None,)
+
+
+def _blueprint(candidate: Candidate, rank: int | None) -> blueprint_pb2.Blueprint:
+    given = dict(candidate.hyperparameters)
+    if rank is not None:
+        given["rank"] = rank
+    return blueprints.get(candidate.blueprint, **given)
 
 
 def _source(blueprint: blueprint_pb2.Blueprint) -> blueprint_pb2.SeedSource:

@@ -176,3 +176,27 @@ def test_a_copy_of_the_model_counts_nothing_and_copies_no_data(task: tasks.Task)
 def test_no_held_out_batch_is_refused(task: tasks.Task) -> None:
     with pytest.raises(ValueError, match="0 batches"):
         TrainingCost(task.host(), task.loss, [])
+
+
+def test_the_copy_that_is_counted_has_no_memory_for_parameters_or_gradients(
+    task: tasks.Task,
+) -> None:
+    model = esper.wrap(task.host(), target_layers=["net"])
+    model(task.train.inputs[:2])
+    model.germinate("net", 0, "bottleneck", rank=2)
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    seen: list[nn.Module] = []
+
+    def loss(module: nn.Module, batch: object) -> Tensor:
+        seen.append(module)
+        assert all(parameter.grad is None for parameter in module.parameters())
+        return task.loss(module, batch)
+
+    TrainingCost(model, loss, task.held_out_batches()).step_flops_per_sample()
+    (twin,) = set(seen)
+    assert twin is not model
+    assert len(seen) > 2, "forward, and steps with and without probes"
+    assert {parameter.data_ptr() for parameter in twin.parameters()} == own
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
+    assert twin.archive[0] is model.archive[0]
+    assert all(parameter.grad is None for parameter in (*twin.parameters(), *model.parameters()))
