@@ -1,6 +1,7 @@
 """Tolaria: the training side of Esper, and the client of all services."""
 
 from esper.tolaria.attribution import attribution
+from esper.tolaria.averaging import GrowingAverage
 from esper.tolaria.checkpoint import Checkpoints
 from esper.tolaria.evaluation import SampleLoss
 from esper.tolaria.evaluation import Trial
@@ -8,6 +9,7 @@ from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import History
 from esper.tolaria.history import LifecycleEvent
 from esper.tolaria.history import SeedAttribution
+from esper.tolaria.sampling import ResumableSampler
 from esper.tolaria.session import Session
 from esper.tolaria.session import session
 from esper.tolaria.trainer import Trainer
@@ -15,8 +17,10 @@ from esper.tolaria.trainer import Trainer
 __all__ = [
     "Checkpoints",
     "EpochRecord",
+    "GrowingAverage",
     "History",
     "LifecycleEvent",
+    "ResumableSampler",
     "SampleLoss",
     "SeedAttribution",
     "Session",

@@ -63,11 +63,17 @@ def attribution(
 
 
 def live_seeds(model: MorphableModel) -> list[tuple[str, int]]:
-    """Returns (slot, seed) of every seed that acts on the host's output, in order."""
+    """Returns (slot, seed) of every seed that acts on the host's output, in order.
+
+    A fossil that was folded into its host's weight is no seed any more.
+    """
     return [
-        key
-        for key in model.occupied_seeds()
-        if SeedLifecycleState.GRAFTING <= model.seed_state(*key) <= SeedLifecycleState.FOSSILIZED
+        (slot, seed)
+        for slot, seed in model.occupied_seeds()
+        if SeedLifecycleState.GRAFTING
+        <= model.seed_state(slot, seed)
+        <= SeedLifecycleState.FOSSILIZED
+        and model.seed_parameters(slot, seed)
     ]
 
 

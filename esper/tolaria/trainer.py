@@ -13,6 +13,7 @@ from typing import cast
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from esper.config import EsperConfig
 from esper.kasmina import MorphableModel
@@ -24,6 +25,7 @@ from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import History
 from esper.tolaria.link import Address
 from esper.tolaria.randomness import RandomState
+from esper.tolaria.sampling import ResumableSampler
 from esper.tolaria.session import Mode
 from esper.tolaria.session import Session
 from esper.tolaria.state import Stateful
@@ -71,8 +73,9 @@ def train_epoch(
 class _Position:
     """Where in an epoch the loop is, and what the epoch's loss is so far.
 
-    Batches are not numbered by the data but by the loop: it goes on by drawing the epoch's batches
-    anew, from the random state that the epoch began with, and skipping those that it has seen.
+    A loader with a ``ResumableSampler`` is told where to go on. Other batches are not numbered by
+    the data but by the loop: it goes on by drawing the epoch's batches anew, from the random state
+    that the epoch began with, and skipping those that it has seen.
     """
 
     def __init__(self) -> None:
@@ -93,16 +96,23 @@ class _Position:
             raise ValueError("train has 0 samples, but an epoch needs at least 1")
         return self._total / self._num_samples
 
-    def rest_of(self, batches: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
-        """Yields the batches of the epoch that are left."""
-        if self._random is None:
-            self._random = randomness.capture()
-            return iter(batches())
+    def rest_of(self, epoch: int, batches: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
+        """Returns the batches of the epoch that are left."""
         now = randomness.capture()
+        begun = self._random is not None
+        if self._random is None:
+            self._random = now
         randomness.restore(self._random)
-        rest = iter(batches())
-        next(islice(rest, self.num_batches - 1, self.num_batches), None)
-        randomness.restore(now)
+        source = batches()
+        if isinstance(source, DataLoader) and isinstance(source.sampler, ResumableSampler):
+            source.sampler.set_epoch(epoch)
+            source.sampler.skip(self.num_batches * (source.batch_size or 1))
+            rest = source.sampler.rest_of_epoch(source)
+        else:
+            rest = iter(source)
+            next(islice(rest, self.num_batches, self.num_batches), None)
+        if begun:
+            randomness.restore(now)
         return rest
 
     def state_dict(self) -> dict[str, object]:
@@ -128,7 +138,8 @@ class Trainer:
         model: The wrapped model.
         optimizer: Optimizer over its parameters.
         train: Training batches of an epoch, by the epoch's number, or batches that every epoch
-            iterates anew (a DataLoader).
+            iterates anew (a DataLoader). With a ``ResumableSampler`` a run that goes on within an
+            epoch loads nothing twice.
         held_out: Held-out batches, never trained on.
         loss: Maps (model, batch) to per-sample losses, shape [samples].
         epochs: Number of epochs; at least 1.
@@ -229,7 +240,7 @@ class Trainer:
         self.model.train()
         position = self._position
         self.num_samples = 0
-        for batch in position.rest_of(lambda: self._batches(epoch)):
+        for batch in position.rest_of(epoch, lambda: self._batches(epoch)):
             total, num_samples = train_step(self._parallel, self.optimizer, batch, self._loss)
             position.add(total, num_samples)
             self.num_samples += num_samples
