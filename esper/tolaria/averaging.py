@@ -51,8 +51,8 @@ class GrowingAverage(AveragedModel):
         self._source = (model,)  # in a tuple: it is no part of the average
         self._followed = (-1, b"")  # revision and seed bank of the model
         # Whatever is saved or loaded has the structure that the model has then.
-        self.register_state_dict_pre_hook(lambda *_: self.follow())
-        self.register_load_state_dict_pre_hook(lambda *_: self.follow())
+        self.register_state_dict_pre_hook(lambda *_: self.follow())  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(lambda *_: self.follow())  # type: ignore[no-untyped-call]
 
     def update_parameters(self, model: nn.Module) -> None:
         """Takes in the weights of the model, as they are after a step.

@@ -71,12 +71,20 @@ def test_the_report_stands_by_itself_and_draws_every_seed(run: Path) -> None:
     assert done.returncode == 0, done.stderr
     page = (run / "report.html").read_text()
     drawings = re.findall(r"<svg.*?</svg>", page, re.S)
-    assert len(drawings) == 5
+    assert len(drawings) == 6
     for drawing in drawings:
         ElementTree.fromstring(drawing)
     assert not re.search(r"(src|href)=\"http", page)
     kept = {f"{row['slot']}[{row['seed']}]" for row in lines(run / "trials.jsonl")}
     assert kept and all(name in page for name in kept)
+    live = {
+        (event["slot"], event["seed"])
+        for event in lines(run / "events.jsonl")
+        if event["to"] == "FOSSILIZED"
+    }
+    worth = lines(run / "attribution.jsonl")
+    assert {(row["slot"], row["seed"]) for row in worth} == live != set()
+    assert all(f"{row['gain']:.4g}" in page for row in worth)
 
 
 def test_what_a_run_says_is_escaped(run: Path, tmp_path: Path) -> None:
