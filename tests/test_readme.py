@@ -92,7 +92,9 @@ def test_user_guide_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             self.blocks = nn.ModuleList([Block(), Block()])
 
     page = (ROOT / "docs/user-guide.md").read_text()
-    wrapping, by_hand, lightning, checkpoints, processes, configuration = fenced(page, "python")
+    blocks = fenced(page, "python")
+    wrapping, by_hand, lightning, huggingface, averages, checkpoints, data, *others = blocks
+    processes, configuration = others
     names: dict[str, object] = {"esper": esper, "torch": torch, "net": Net()}
     exec(wrapping, names)
     model = names["model"]
@@ -104,6 +106,9 @@ def test_user_guide_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     trainer = {"Trainer": lambda *args, **kwargs: kwargs["callbacks"]}
     digits = tasks.get("digits")
     exec(lightning, {**trainer, "batches": digits.held_out_batches(), "sample_loss": digits.loss})
+    taken = {"esper": esper, "net": digits.host(), "TrainingArguments": lambda *_, **__: None}
+    sample = {"batches": digits.held_out_batches(), "sample_loss": digits.loss}
+    exec(huggingface, {**trainer, **taken, **sample})
     exec(configuration, names)
     assert isinstance(names["config"], esper.EsperConfig)
     monkeypatch.chdir(tmp_path)
@@ -123,6 +128,27 @@ def test_user_guide_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     session = training["session"]
     assert isinstance(session, esper.tolaria.Session)
     session.close()
+    average = {
+        "GrowingAverage": esper.tolaria.GrowingAverage,
+        "get_ema_multi_avg_fn": torch.optim.swa_utils.get_ema_multi_avg_fn,
+    }
+    exec(averages, {**training, **average})
+    assert "session(..., " in data
+    arguments = "model, optimizer, epochs=2, held_out=val_batches, loss=loss"
+    nowhere = "plane='unix:/nonexistent/plane.sock'"
+    example = data.replace("session(...", f"session({arguments}, {nowhere}")
+    place = {
+        **training,
+        "data": TensorDataset(digits.train.inputs, digits.train.targets),
+        "DataLoader": DataLoader,
+        "checkpoints": esper.tolaria.Checkpoints(tmp_path / "runs" / "none"),
+    }
+    exec(example.replace("30", "2").replace("num_workers=2", "num_workers=0"), place)
+    session, sampler = place["session"], place["sampler"]
+    assert isinstance(session, esper.tolaria.Session)
+    session.close()
+    assert isinstance(sampler, esper.tolaria.ResumableSampler)
+    assert sampler.epoch == 2
     steps = {
         **training,
         "net": digits.host(),

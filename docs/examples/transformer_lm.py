@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import esper
+from esper.config import GraftConfig
+from esper.config import GrowthConfig
 
 CONTEXT = 32
 
@@ -56,9 +58,16 @@ def main(epochs=8):
 
     model = esper.wrap(LanguageModel(len(characters)), "auto", seeds_per_layer=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    # Growth scores stand out while the model learns fast, which is in the first epochs here.
+    config = esper.EsperConfig(
+        telemetry_interval=4,
+        growth=GrowthConfig(first_epoch=0),
+        graft=GraftConfig(training_steps=10, ramp_steps=20, stabilization_steps=5),
+    )
     session = esper.session(
         model,
         optimizer,
+        config=config,
         epochs=epochs,
         held_out=held_out_batches,
         loss=sample_loss,
