@@ -86,7 +86,8 @@ def plain_copy(model: nn.Module, kept: Iterable[object] = ()) -> nn.Module:
     """
     memo: dict[int, object] = {id(part): part for part in kept}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        if type(parameter) is nn.Parameter:  # others, such as lazy ones, know how to be copied
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     if not is_sharded(model):
         return copy.deepcopy(model, memo)
     from torch.distributed.fsdp import FSDPModule
