@@ -139,6 +139,7 @@ def test_user_guide_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     example = data.replace("session(...", f"session({arguments}, {nowhere}")
     place = {
         **training,
+        "ResumableSampler": esper.tolaria.ResumableSampler,
         "data": TensorDataset(digits.train.inputs, digits.train.targets),
         "DataLoader": DataLoader,
         "checkpoints": esper.tolaria.Checkpoints(tmp_path / "runs" / "none"),
