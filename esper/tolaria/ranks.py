@@ -89,31 +89,26 @@ class Ranks:
         """
         if self.group is None:
             return [record]
-        data = _to_bytes(record)
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        distributed.all_gather(lengths, torch.tensor([len(data)]), group=self.group)
-        longest = max(int(length) for length in lengths)
-        buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        distributed.all_gather(buffers, _buffer(data, longest), group=self.group)
-        return [
-            _from_bytes(buffer[: int(length)].numpy().tobytes(), type(record))
-            for buffer, length in zip(buffers, lengths, strict=True)
-        ]
+        message, lengths = self._padded(_to_bytes(record))
+        buffers = [torch.zeros_like(message) for _ in range(self.size)]
+        distributed.all_gather(buffers, message, group=self.group)
+        return _records(buffers, lengths, type(record))
 
     def collect(self, record: T) -> list[T]:
         """Returns the records of all ranks in their order on rank 0, and none on the others."""
         if self.group is None:
             return [record]
-        data = _to_bytes(record)
+        message, lengths = self._padded(_to_bytes(record))
+        buffers = [torch.zeros_like(message) for _ in range(self.size)] if self.leads else []
+        distributed.gather(message, buffers or None, group=self.group)
+        return _records(buffers, lengths if self.leads else [], type(record))
+
+    def _padded(self, data: bytes) -> tuple[Tensor, list[int]]:
+        """Returns a message as long as the longest of all ranks', and the lengths of all."""
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         distributed.all_gather(lengths, torch.tensor([len(data)]), group=self.group)
-        longest = max(int(length) for length in lengths)
-        buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size * self.leads)]
-        distributed.gather(_buffer(data, longest), buffers or None, group=self.group)
-        return [
-            _from_bytes(buffer[: int(length)].numpy().tobytes(), type(record))
-            for buffer, length in zip(buffers, lengths, strict=False)
-        ]
+        sizes = [int(length) for length in lengths]
+        return _buffer(data, max(sizes)), sizes
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Returns the sums of numbers over all ranks.
@@ -184,6 +179,13 @@ def _buffer(data: bytes, length: int) -> Tensor:
     if data:
         buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return buffer
+
+
+def _records(buffers: Sequence[Tensor], lengths: Sequence[int], kind: type[T]) -> list[T]:
+    return [
+        _from_bytes(buffer[:length].numpy().tobytes(), kind)
+        for buffer, length in zip(buffers, lengths, strict=True)
+    ]
 
 
 def _to_bytes(record: object) -> bytes:
