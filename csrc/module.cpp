@@ -112,6 +112,12 @@ void bind_seed_bank(py::module_& m) {
             b.set_muted(b.index(slot, seed), muted);
           },
           py::arg("slot"), py::arg("seed"), py::arg("muted"))
+       .def(
+          "set_embargo",
+          [](SeedBank& b, std::int64_t slot, std::int64_t seed, std::int64_t steps) {
+            b.set_embargo(b.index(slot, seed), steps);
+          },
+          py::arg("slot"), py::arg("seed"), py::arg("steps"))
       .def("tick", &SeedBank::tick)
       .def("scalars",
            [](py::object self) {

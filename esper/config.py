@@ -181,6 +181,60 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GovernorConfig:
+    """How a run is kept from harm: what counts as a fault, and how far it is undone.
+
+    Attributes:
+        enabled: Whether faults are looked for at all.
+        check_every_steps: Every how many optimizer steps losses and gradients are judged.
+        false_alarm_rate: Chance per optimizer step that a sound run is taken for a faulty one;
+            what counts as a spike or a collapse follows from it. Above 0 and below 1.
+        snapshot_every_steps: Every how many optimizer steps a snapshot is taken, besides one at the
+            start of every epoch.
+        snapshots: Most good snapshots held, beside one that has yet to prove itself; at least 2.
+        max_snapshot_bytes: Most memory that they may take; too little for one means that faults
+            can be found but not undone.
+        max_rollbacks: Most rollbacks in a row without a good snapshot in between.
+        give_up: What follows then, where losses or gradients are not finite: ``raise`` a
+            ``TrainingFault``, or ``go_on`` without governor and new growth. A spike that comes back
+            as often is taken for the way of the training.
+        embargo_steps: Steps that the place of a seed that was rolled back stays empty.
+    """
+
+    enabled: bool = True
+    check_every_steps: int = 8
+    false_alarm_rate: float = 1e-6
+    snapshot_every_steps: int = 64
+    snapshots: int = 3
+    max_snapshot_bytes: int = 4 * 2**30
+    max_rollbacks: int = 3
+    give_up: str = "raise"
+    embargo_steps: int = 256
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("check_every_steps", 1),
+            ("snapshot_every_steps", 1),
+            ("snapshots", 2),
+            ("max_snapshot_bytes", 0),
+            ("max_rollbacks", 0),
+            ("embargo_steps", 0),
+        ):
+            value = getattr(self, name)
+            _require(value >= least, name, value, f"it must be at least {least}")
+        _require(
+            0 < self.false_alarm_rate < 1,
+            "false_alarm_rate",
+            self.false_alarm_rate,
+            "it must be above 0 and below 1",
+        )
+        ways = ("raise", "go_on")
+        _require(
+            self.give_up in ways, "give_up", self.give_up, f"it must be one of {', '.join(ways)}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EsperConfig:
     """Configuration of a growth session.
 
@@ -189,6 +243,7 @@ class EsperConfig:
         graft: How a seed is brought in.
         growth: When and where to grow, and when to stop.
         budget: What growth may cost.
+        governor: What counts as a fault of the run, and how far it is undone.
         accept: ``paired``: a seed is kept if held-out data shows that it pays. ``always``: whatever
             the trial says; the control of the accept test.
         significance: Level of the held-out accept test over the whole run; each trial gets its
@@ -209,6 +264,7 @@ class EsperConfig:
     graft: GraftConfig = field(default_factory=GraftConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    governor: GovernorConfig = field(default_factory=GovernorConfig)
     accept: str = "paired"
     significance: float = 0.05
     evaluation_interval: int = 1

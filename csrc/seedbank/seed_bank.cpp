@@ -205,6 +205,14 @@ void SeedBank::set_muted(std::size_t i, bool muted) {
   refresh(i);
 }
 
+void SeedBank::set_embargo(std::size_t i, std::int64_t steps) {
+  if (steps < 0 || steps > kMaxSteps) refuse("embargo is ", steps, " steps but must be in [0, 2**52]");
+  if (const State at = state(i); !legal_move(at, State::kDormant)) {
+    refuse("a seed that is ", name_of(at), " cannot be put under embargo: only an emptied one can");
+  }
+  embargo_[i] = steps;
+}
+
 std::vector<std::int64_t> SeedBank::tick() {
   std::vector<std::int64_t> completed;
   const std::size_t seeds = states_.size();

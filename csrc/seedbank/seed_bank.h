@@ -39,6 +39,8 @@ class SeedBank {
   void set_alpha(std::size_t i, double alpha);
   void set_frozen(std::size_t i, bool frozen);
   void set_muted(std::size_t i, bool muted);
+  // Keeps an emptied seed from becoming DORMANT for so many steps more.
+  void set_embargo(std::size_t i, std::int64_t steps);
 
   // Advances every running schedule and embargo by one step; returns the flat indices of the seeds
   // whose schedule came to its end in this step.

@@ -324,6 +324,11 @@ class MorphableModel(SlottedModel):
         """Says whether the seed stays still once it is FOSSILIZED; it trains on by default."""
         self._bank.set_frozen(*self._at(slot, seed), frozen)
 
+    def set_embargo(self, slot: str, seed: int, steps: int) -> None:
+        """Keeps a CULLED, CANCELLED or ROLLED_BACK seed from becoming DORMANT for so many steps."""
+        with self._naming(slot, seed) as at:
+            self._bank.set_embargo(*at, steps)
+
     @contextlib.contextmanager
     def muted(self, slot: str, seed: int) -> Iterator[None]:
         """Holds the seed's forward contribution at 0 while the context is open."""

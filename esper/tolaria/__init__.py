@@ -5,6 +5,7 @@ from esper.tolaria.averaging import GrowingAverage
 from esper.tolaria.checkpoint import Checkpoints
 from esper.tolaria.evaluation import SampleLoss
 from esper.tolaria.evaluation import Trial
+from esper.tolaria.governor import TrainingFault
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import History
 from esper.tolaria.history import LifecycleEvent
@@ -25,6 +26,7 @@ __all__ = [
     "SeedAttribution",
     "Session",
     "Trainer",
+    "TrainingFault",
     "Trial",
     "attribution",
     "session",

@@ -5,6 +5,8 @@ or the lifecycle is refused with a reason and changes nothing, and no decision l
 held-out trial.
 """
 
+import logging
+
 from esper.common.v1 import kernel_pb2
 from esper.config import EsperConfig
 from esper.kasmina import MorphableModel
@@ -17,6 +19,8 @@ from esper.tolaria.link import Advice
 from esper.tolaria.protocol import GraftProtocol
 from esper.tolaria.protocol import complete_plan
 from esper.tolaria.protocol import plan_steps
+
+_log = logging.getLogger("esper")
 
 State = SeedLifecycleState
 
@@ -74,6 +78,29 @@ class Decisions:
         )
         weights = singular_weights(kernel, directions, f"{decision.slot}/{decision.seed}")
         return Advice(decision, kernel, weights)
+
+    def try_to(self, advice: Advice, *, epoch: int, steps_left: int) -> str | None:
+        """Carries out one decision where that is possible.
+
+        Args:
+            advice: The decision, with its kernel where it germinates.
+            epoch: The epoch that has ended.
+            steps_left: Optimizer steps until the run ends.
+
+        Returns:
+            Why it was refused; ``None`` where it was not.
+        """
+        decision = advice.decision
+        if decision.action == controller_pb2.ACTION_WAIT:
+            _log.info("esper: epoch %d: no growth: %s", epoch, decision.explanation)
+            return None
+        try:
+            self.apply(advice, epoch=epoch, steps_left=steps_left)
+        except ValueError as error:
+            name = action_name(decision)
+            _log.info("esper: decision %s (%s) refused: %s", decision.id, name, error)
+            return f"epoch {epoch}: {name} {decision.slot}: {error}"
+        return None
 
     def apply(self, advice: Advice, *, epoch: int, steps_left: int) -> None:
         """Carries out one decision.

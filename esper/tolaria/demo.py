@@ -31,10 +31,10 @@ from esper.tolaria.cost import TrainingCost
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import History
 from esper.tolaria.link import Address
+from esper.tolaria.mode import Mode
 from esper.tolaria.plots import plot_growth
 from esper.tolaria.report import Arm
 from esper.tolaria.report import Report
-from esper.tolaria.session import Mode
 from esper.tolaria.trainer import Trainer
 from esper.tolaria.trainer import train_epoch
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
 
+from esper.kasmina import Transition
 from esper.oona.v1 import event_pb2
 
 
@@ -30,6 +31,26 @@ class LifecycleEvent:
     after: str
     kernel: str
     reason: str
+
+    @classmethod
+    def of(cls, transition: Transition, epoch: int, step: int) -> "LifecycleEvent":
+        """Returns the event of a move.
+
+        Args:
+            transition: The move.
+            epoch: Epoch in which it happened.
+            step: Optimizer steps taken before it.
+        """
+        return cls(
+            epoch=epoch,
+            step=step,
+            slot=transition.slot,
+            seed=transition.seed,
+            before=transition.before.name,
+            after=transition.after.name,
+            kernel=transition.kernel,
+            reason=transition.reason,
+        )
 
     def to_json(self) -> dict[str, int | str]:
         """Returns the event as it stands in report.json and growth_history.jsonl."""
@@ -156,6 +177,36 @@ class SeedAttribution:
     num_samples: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollbackRecord:
+    """One fault and how it was undone.
+
+    Attributes:
+        epoch: Epoch in which it was found, from 0.
+        step: Optimizer steps taken by then.
+        to_step: Steps taken in the state that the run went back to.
+        reason: What was wrong, in a sentence.
+        seeds: The seeds held responsible, as (slot, seed); they were removed.
+    """
+
+    epoch: int
+    step: int
+    to_step: int
+    reason: str
+    seeds: list[tuple[str, int]]
+
+    def to_proto(self, run: str) -> event_pb2.RollbackEvent:
+        """Returns the rollback as it is published."""
+        return event_pb2.RollbackEvent(
+            run=run,
+            epoch=self.epoch,
+            step=self.step,
+            to_step=self.to_step,
+            reason=self.reason,
+            seeds=[f"{slot}[{seed}]" for slot, seed in self.seeds],
+        )
+
+
 @dataclass(slots=True)
 class History:
     """The record of a run.
@@ -165,6 +216,7 @@ class History:
         epochs: One record per epoch.
         refusals: Decisions that were not carried out, with the reason.
         trials: Held-out trials in order.
+        rollbacks: Faults that were undone, in order.
         plane_failure: Why the plane was lost, known when the session is closed; ``None`` if it
             was there to the end.
     """
@@ -173,4 +225,9 @@ class History:
     epochs: list[EpochRecord] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     trials: list[TrialRecord] = field(default_factory=list)
+    rollbacks: list[RollbackRecord] = field(default_factory=list)
     plane_failure: str | None = None
+
+    def held_out_losses(self) -> list[float]:
+        """Returns the mean held-out losses that were measured, in order."""
+        return [one.held_out_loss for one in self.epochs if one.held_out_loss is not None]

@@ -6,10 +6,14 @@ apart, ``unpack`` checks every field's type while it puts it together again. Wha
 """
 
 import base64
+import copy
 import math
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import fields
+from dataclasses import is_dataclass
 from functools import cache
 from typing import TypeVar
 from typing import cast
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 
 from esper.artifacts.fields import Json
+from esper.tolaria.randomness import RandomState
 
 T = TypeVar("T")
 
@@ -162,6 +167,36 @@ def _decode(value: Json, tensors: Mapping[str, Tensor]) -> object:
             }
             return Counter(cast(dict[object, int], pairs)) if kind == "counter" else pairs
     raise ValueError(f"{value[_TAG]!r} is no kind of value")
+
+
+def copied(record: T, keep: Callable[[Tensor], Tensor]) -> T:
+    """Returns a copy of a record that shares nothing with it that may change.
+
+    Args:
+        record: A record, or any part of one.
+        keep: Copies a tensor.
+    """
+    return cast(T, _copied(record, keep))
+
+
+def _copied(value: object, keep: Callable[[Tensor], Tensor]) -> object:
+    match value:
+        case None | bool() | int() | float() | str() | bytes():
+            return value
+        case Tensor():
+            return keep(value)
+        case RandomState():  # a copy already, of many numbers
+            return value
+    if type(value) is dict:
+        return {key: _copied(item, keep) for key, item in value.items()}
+    if type(value) is list:
+        return [_copied(item, keep) for item in value]
+    if type(value) is tuple:
+        return tuple(_copied(item, keep) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {part.name: _copied(getattr(value, part.name), keep) for part in fields(value)}
+        return type(value)(**parts)
+    return copy.deepcopy(value)
 
 
 def kept(tensor: Tensor) -> Tensor:

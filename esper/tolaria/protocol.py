@@ -31,6 +31,7 @@ from esper.tolaria.optimizers import NewbornState
 from esper.tolaria.optimizers import find_home
 from esper.tolaria.ranks import ALONE
 from esper.tolaria.ranks import Ranks
+from esper.urza.v1 import library_pb2
 
 _log = logging.getLogger("esper")
 
@@ -38,7 +39,14 @@ State = SeedLifecycleState
 SeedKey = tuple[str, int]
 
 _ENDED = (State.FOSSILIZED, State.CULLED, State.CANCELLED, State.ROLLED_BACK)
-_BLENDED = (State.GRAFTING, State.STABILIZATION, State.EVALUATING, State.FINE_TUNING)
+BLENDED = (State.GRAFTING, State.STABILIZATION, State.EVALUATING, State.FINE_TUNING)
+"""States in which a seed acts on the host and has no verdict yet."""
+_VERDICTS = {
+    State.FOSSILIZED: library_pb2.FIELD_VERDICT_FOSSILIZED,
+    State.CULLED: library_pb2.FIELD_VERDICT_CULLED,
+    State.CANCELLED: library_pb2.FIELD_VERDICT_CANCELLED,
+    State.ROLLED_BACK: library_pb2.FIELD_VERDICT_ROLLED_BACK,
+}
 
 
 @dataclass(slots=True)
@@ -391,6 +399,15 @@ class GraftProtocol:
                 slot, seed, State.EVALUATING, reason=f"settled for {plan.stabilization_steps} steps"
             )
 
+    def strangers(self) -> list[tuple[str, int, str]]:
+        """Returns slot, seed and state of the seeds under way that somebody else has planted."""
+        states = {key: self._model.seed_state(*key) for key in self._model.occupied_seeds()}
+        return [
+            (*key, state.name)
+            for key, state in states.items()
+            if state is not State.FOSSILIZED and key not in self.live
+        ]
+
     def due_for_trial(self) -> list[LiveGraft]:
         """Returns the grafts that wait for their held-out trial, oldest first."""
         return [
@@ -448,7 +465,34 @@ class GraftProtocol:
             reason = "the run ended before the trial"
             if state is State.FINE_TUNING:
                 self._fossilize(graft, "the run ended after a passed trial")
-            elif state in _BLENDED:
+            elif state in BLENDED:
                 self._model.cull(*graft.key, reason=reason)
             else:
                 self._model.unload_kernel(*graft.key, reason=reason)
+
+
+def field_report(
+    run: str, transition: Transition, graft: LiveGraft
+) -> library_pb2.FieldReport | None:
+    """Returns what Urza is told of a graft that has reached its verdict; ``None`` before that.
+
+    Args:
+        run: Id of the run.
+        transition: The move of its seed.
+        graft: The graft.
+    """
+    verdict = _VERDICTS.get(transition.after)
+    if verdict is None:
+        return None
+    report = library_pb2.FieldReport(
+        kernel=graft.kernel_name,
+        run=run,
+        slot=transition.slot,
+        seed=transition.seed,
+        verdict=verdict,
+        reason=transition.reason,
+    )
+    if (trial := graft.trial) is not None:
+        report.gain, report.gain_low, report.gain_high = trial.gain, trial.low, trial.high
+        report.p_value, report.num_samples = trial.p_value, trial.num_samples
+    return report

@@ -24,13 +24,16 @@ caring for the host; what grows is whole in every process, and its gradients are
 import contextlib
 import logging
 from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Literal
-from typing import get_args
+from typing import TypeVar
 
+from google.protobuf.message import Message
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -38,33 +41,36 @@ from esper.config import EsperConfig
 from esper.kasmina import MorphableModel
 from esper.kasmina import SeedLifecycleState
 from esper.kasmina import Transition
-from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria import agreement
-from esper.tolaria import recipe
-from esper.tolaria import trials
+from esper.tolaria.asking import observe
 from esper.tolaria.asking import signatures
-from esper.tolaria.asking import to_proto
 from esper.tolaria.attribution import attribution as measure_attribution
+from esper.tolaria.batches import draw
 from esper.tolaria.checkpoint import Checkpoint
 from esper.tolaria.checkpoint import read_checkpoint
 from esper.tolaria.checkpoint import write_checkpoint
 from esper.tolaria.cost import TrainingCost
 from esper.tolaria.decisions import Decisions
-from esper.tolaria.decisions import action_name
 from esper.tolaria.evaluation import Batch
 from esper.tolaria.evaluation import SampleLoss
 from esper.tolaria.evaluation import sample_losses
+from esper.tolaria.governor import Governor
+from esper.tolaria.governor import Run
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import History
 from esper.tolaria.history import LifecycleEvent
+from esper.tolaria.history import RollbackRecord
 from esper.tolaria.history import SeedAttribution
 from esper.tolaria.link import Address
 from esper.tolaria.link import Advice
 from esper.tolaria.link import PlaneLink
 from esper.tolaria.link import check_candidates
 from esper.tolaria.link import check_plane
+from esper.tolaria.mode import Mode
+from esper.tolaria.mode import check_run
 from esper.tolaria.optimizers import check_all
 from esper.tolaria.protocol import GraftProtocol
+from esper.tolaria.protocol import field_report
 from esper.tolaria.ranks import Ranks
 from esper.tolaria.replay import ReplayLink
 from esper.tolaria.replay import SilentLink
@@ -72,20 +78,14 @@ from esper.tolaria.state import AdviceState
 from esper.tolaria.state import RunRecord
 from esper.tolaria.state import Stateful
 from esper.tolaria.state import TrainingParts
+from esper.tolaria.state import TrainingState
 from esper.tolaria.trials import Trials
-from esper.urza.v1 import library_pb2
+from esper.tolaria.watch import Watch
 
 _log = logging.getLogger("esper")
 
-Mode = Literal["async", "lockstep", "replay"]
+T = TypeVar("T")
 State = SeedLifecycleState
-
-_VERDICTS = {
-    State.FOSSILIZED: library_pb2.FIELD_VERDICT_FOSSILIZED,
-    State.CULLED: library_pb2.FIELD_VERDICT_CULLED,
-    State.CANCELLED: library_pb2.FIELD_VERDICT_CANCELLED,
-    State.ROLLED_BACK: library_pb2.FIELD_VERDICT_ROLLED_BACK,
-}
 
 
 class Session:
@@ -147,12 +147,7 @@ class Session:
                 f"model is a {type(model).__name__}, but a session needs a wrapped model: "
                 "pass esper.wrap(model)"
             )
-        if epochs < 1:
-            raise ValueError(f"epochs is {epochs}, but a run has at least 1 epoch")
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode is {mode!r}, but it must be one of {', '.join(get_args(Mode))}")
-        if (mode == "replay") != (replay is not None):
-            raise ValueError(f"mode is {mode!r}, but 'replay' and a run to replay go together")
+        check_run(epochs, mode, replays=replay is not None)
         if any(isinstance(getattr(o, "__self__", None), Session) for o in model.observers):
             raise ValueError("model is in an open session already: close that one first")
         self._optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
@@ -184,7 +179,13 @@ class Session:
         self._protocol = GraftProtocol(
             model, self._optimizers, self._config.graft, scaler, self._ranks
         )
-        self._parts = TrainingParts(model, self._optimizers, self._protocol, stateful or {})
+        self._watch = Watch(self._config.governor, len(self._optimizers))
+        self._parts = TrainingParts(
+            model, self._optimizers, self._protocol, stateful or {}, self._watch
+        )
+        run = Run(self._capture, self._go_back, self._tell_move, self._tell_rollback)
+        self._governor = Governor(self._parts, self._config.governor, run, self._ranks)
+        self._rewinding: set[str] = set()  # names of the data that ``batches`` iterates
         self._trials = Trials(
             model, held_out, loss, self._protocol, self.cost, self._config, self._ranks
         )
@@ -262,14 +263,21 @@ class Session:
             )
         agreement.check_steps(self._step, self._ranks)
         agreement.share(self._model.buffers(), self._ranks)
-        losses = self._trials.hold(self._epoch, self.history.trials)
+        self._governor.settle()
         last = self._epoch == self._epochs - 1
+        measures = last or self._epoch % self._config.evaluation_interval == 0
+        losses: Tensor | None = None
+        if self._trials.are_due() or (measures and not (last and self._protocol.live)):
+            losses = self._measure()
+            before = self.history.held_out_losses()
+            while self._governor.check_held_out(before, float(losses.mean()), self._num_steps):
+                losses = self._measure()
+        losses = self._trials.hold(self._epoch, self.history.trials, losses)
         if last and self._protocol.live:
             self._protocol.finish()
             losses = None  # of another model
-        if losses is None and (last or self._epoch % self._config.evaluation_interval == 0):
-            losses = sample_losses(self._model, self._held_out, self._loss, self._ranks)
-            self.cost.add_evaluation(len(losses))
+        if losses is None and measures:
+            losses = self._measure()
         self.cost.pool(self._ranks)
         record = EpochRecord(
             epoch=self._epoch,
@@ -287,6 +295,7 @@ class Session:
         self._consult(record, apply=not last)
         self._epoch += 1
         self._epoch_first_step = self._step
+        self._governor.start_afresh(epoch=True)
         return record
 
     def attribution(self) -> list[SeedAttribution]:
@@ -299,6 +308,30 @@ class Session:
             self.cost.add_evaluation(records[0].num_samples)
             self.cost.add_trial(len(records) * records[0].num_samples)
         return records
+
+    def note_loss(self, loss: Tensor | float) -> None:
+        """Tells the governor the loss of the step to come; it sees the gradients by itself.
+
+        Args:
+            loss: A scalar, which nobody waits for; of several for one step the highest counts.
+                Where several processes train, their losses differ and are not looked at.
+        """
+        if not self._ranks.is_shared:
+            self._watch.note_loss(loss)
+
+    def batches(self, data: Iterable[T]) -> Iterator[T]:
+        """Iterates training data so that a rollback takes it back too.
+
+        Data with a position of its own (``state_dict`` and ``load_state_dict``) that was given in
+        ``stateful`` is iterated anew from the position that was restored; other data goes on, and
+        what it gave since the snapshot is not seen again in this epoch.
+
+        Args:
+            data: The batches of an epoch, or what is left of them.
+        """
+        names = {name for name, part in self._parts.stateful.items() if id(part) == id(data)}
+        self._rewinding |= names
+        return draw(data, self._governor, rewinds=bool(names))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes a checkpoint from which ``resume`` goes on; call it between two steps.
@@ -314,9 +347,10 @@ class Session:
         """
         if self._closed:
             raise ValueError("the session is closed, but save needs an open one")
-        training = self._parts.capture(self._epoch, self._step, self._epoch_first_step)
+        self._governor.settle()
         self.cost.pool(self._ranks)
-        write_checkpoint(path, self._model, training, self._record(), self._ranks)
+        write_checkpoint(path, self._model, self._capture(), self._record(), self._ranks)
+        self._governor.start_afresh(epoch=False)
 
     def close(self) -> None:
         """Ends the session: hooks off, what is left is sent, an embedded plane stops."""
@@ -329,9 +363,26 @@ class Session:
             last_first.callback(self.cost.close)
             last_first.callback(self._model.observers.remove, self._on_transition)
             last_first.callback(self._protocol.close)
+            last_first.callback(self._governor.close)
             for hook in self._step_hooks:
                 last_first.callback(hook.remove)
             self._protocol.finish()
+
+    def _capture(self) -> TrainingState:
+        return self._parts.capture(self._epoch, self._step, self._epoch_first_step)
+
+    def _go_back(self, training: TrainingState) -> None:
+        self._parts.restore(training, leave=self._parts.positions() - self._rewinding)
+        self._step = training.step
+
+    @property
+    def _num_steps(self) -> int:
+        return self._step - self._epoch_first_step
+
+    def _measure(self) -> Tensor:
+        losses = sample_losses(self._model, self._held_out, self._loss, self._ranks)
+        self.cost.add_evaluation(len(losses))
+        return losses
 
     def _record(self) -> RunRecord:
         link = self._link.state()
@@ -341,6 +392,8 @@ class Session:
             epochs=self.history.epochs,
             refusals=self.history.refusals,
             trials=self.history.trials,
+            rollbacks=self.history.rollbacks,
+            num_attempts=self._governor.num_attempts,
             spent=self.cost.spent,
             decisions=self._taken,
             memory=link.memory,
@@ -356,30 +409,24 @@ class Session:
             agreement.check_structure(self._model, training.step, self._ranks)
         except BaseException:
             self.cost.close()
+            self._governor.close()
             self._protocol.close()
             self._model.observers.remove(self._on_transition)
             self._ranks.close()
             raise
         self._epoch, self._step = training.epoch, training.step
         self._epoch_first_step = training.epoch_first_step
+        self._governor.num_attempts = record.num_attempts
         self._taken = list(record.decisions)
         self.cost.resume(record.spent)
-        self.history = History(
-            list(record.events), list(record.epochs), list(record.refusals), list(record.trials)
-        )
+        self.history = record.history()
 
     def _close_link(self) -> None:
         self._link.close()
         self.history.plane_failure = self._link.failure or self._failure
 
     def _warn_of_strangers(self) -> None:
-        model = self._model
-        strangers = [
-            f"{slot}[{seed}] {model.seed_state(slot, seed).name}"
-            for slot, seed in model.occupied_seeds()
-            if model.seed_state(slot, seed) is not State.FOSSILIZED
-            and (slot, seed) not in self._protocol.live
-        ]
+        strangers = [f"{slot}[{seed}] {state}" for slot, seed, state in self._protocol.strangers()]
         if strangers:
             _log.warning(
                 "esper: seeds that this session has not planted are under way, and it will not "
@@ -388,81 +435,57 @@ class Session:
             )
 
     def _on_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        self._step += optimizer is self._optimizers[0]
+        is_first = optimizer is self._optimizers[0]
+        self._step += is_first
+        if self._governor.after_optimizer(optimizer, self._step):
+            return
         self._protocol.on_step(optimizer)
+        if is_first:
+            self._governor.after_step(self._step)
 
     def _on_transition(self, transition: Transition) -> None:
-        event = LifecycleEvent(
-            epoch=self._epoch,
-            step=self._step,
-            slot=transition.slot,
-            seed=transition.seed,
-            before=transition.before.name,
-            after=transition.after.name,
-            kernel=transition.kernel,
-            reason=transition.reason,
-        )
-        self.history.events.append(event)
-        message = event.to_proto(self.run)
-        self._link.publish("system.events.lifecycle", message)
-        self._link.record(message)
-        if transition.after in _VERDICTS and transition.before is not State.DORMANT:
-            self._report(transition)
-
-    def _report(self, transition: Transition) -> None:
+        self._tell_move(transition)
         graft = self._protocol.live.get((transition.slot, transition.seed))
-        if graft is None:  # a seed of the user's own: the plane does not know its kernel
-            return
-        kernel = f"kernels/{transition.kernel}"
-        report = library_pb2.FieldReport(
-            kernel=kernel,
-            run=self.run,
-            slot=transition.slot,
-            seed=transition.seed,
-            verdict=_VERDICTS[transition.after],
-            reason=transition.reason,
-        )
-        if (trial := graft.trial) is not None:
-            report.gain, report.gain_low, report.gain_high = trial.gain, trial.low, trial.high
-            report.p_value, report.num_samples = trial.p_value, trial.num_samples
-        if transition.after is State.FOSSILIZED:
-            self._link.mark_deployed(kernel)
-        self._link.report(report)
+        if graft is not None:  # the plane does not know the kernels of others
+            if transition.after is State.FOSSILIZED:
+                self._link.mark_deployed(graft.kernel_name)
+            report = field_report(self.run, transition, graft)
+            if report is not None:
+                self._link.report(report)
+
+    def _tell_move(self, transition: Transition) -> None:
+        event = LifecycleEvent.of(transition, self._epoch, self._step)
+        self.history.events.append(event)
+        self._tell("lifecycle", event.to_proto(self.run))
+
+    def _tell_rollback(self, record: RollbackRecord) -> None:
+        self.history.rollbacks.append(record)
+        self._tell("rollback", record.to_proto(self.run))
+
+    def _tell(self, topic: str, message: Message) -> None:
+        self._link.publish(f"system.events.{topic}", message)
+        self._link.record(message)
 
     def _consult(self, record: EpochRecord, *, apply: bool) -> None:
         if self._ranks.is_shared:
             self._model.pool(self._ranks.gather(self._model.runtime()))
-        graph = self._model.host_graph()
+        signals = self._model.collect_signals(self._epoch)
+        self._governor.check_seeds(signals)
         self._link.compile(signatures(self._model))
-        observation = controller_pb2.Observation(
-            run=self.run,
-            epoch=self._epoch,
-            num_epochs=self._epochs,
-            steps_per_epoch=self._step - self._epoch_first_step,
-            host_graph_digest=graph.digest,
-            host_graph=graph,
-            signals=self._model.collect_signals(self._epoch),
-            learning_rates=[
-                float(group["lr"]) for user in self._optimizers for group in user.param_groups
-            ],
-            num_parameters=record.parameters,
-            flops_per_sample=self.cost.forward_flops_per_sample(),
-            budget=to_proto(self._config.budget),
-            recipe=recipe.to_proto(self._config.growth),
-            trials=[
-                trials.to_proto(trial)
-                for trial in self.history.trials
-                if trial.epoch == self._epoch
-            ],
+        observation = observe(
+            record,
+            self.run,
+            self._epochs,
+            self._num_steps,
+            self._model,
+            self._optimizers,
+            self.cost,
+            self.history.trials,
+            signals,
+            self._config,
         )
-        if record.held_out_loss is not None:
-            observation.held_out_loss = record.held_out_loss
-        if record.train_loss is not None:
-            observation.train_loss = record.train_loss
         self._link.observe(observation)
-        message = record.to_proto(self.run)
-        self._link.publish("system.events.epoch", message)
-        self._link.record(message)
+        self._tell("epoch", record.to_proto(self.run))
         if self._mode != "async":
             advice = self._link.wait(self._epoch, self._config.lockstep_timeout_s)
         else:
@@ -471,7 +494,7 @@ class Session:
         shared, self._failure = agreement.shared_advice(
             complete, self._link.failure, self._epoch, self._ranks
         )
-        if apply:
+        if apply and not self._governor.gave_up:
             for item in sorted(shared, key=lambda item: -item.decision.urgency):
                 self._taken.append(AdviceState.of(item, self._epoch))
                 self._apply(item)
@@ -480,18 +503,10 @@ class Session:
         agreement.share((weight for weights in newborns for weight in weights), self._ranks)
 
     def _apply(self, advice: Advice) -> None:
-        decision = advice.decision
-        if decision.action == controller_pb2.ACTION_WAIT:
-            _log.info("esper: epoch %d: no growth: %s", self._epoch, decision.explanation)
-            return
-        steps_per_epoch = self._step - self._epoch_first_step
-        steps_left = (self._epochs - 1 - self._epoch) * steps_per_epoch
-        try:
-            self._decisions.apply(advice, epoch=self._epoch, steps_left=steps_left)
-        except ValueError as error:
-            name = action_name(decision)
-            _log.info("esper: decision %s (%s) refused: %s", decision.id, name, error)
-            self.history.refusals.append(f"epoch {self._epoch}: {name} {decision.slot}: {error}")
+        steps_left = (self._epochs - 1 - self._epoch) * self._num_steps
+        refusal = self._decisions.try_to(advice, epoch=self._epoch, steps_left=steps_left)
+        if refusal is not None:
+            self.history.refusals.append(refusal)
 
 
 session = Session

@@ -5,6 +5,8 @@ into checkpoints and into the governor's snapshots alike. ``RunRecord`` is what 
 know and has told others; no rollback undoes it.
 """
 
+from collections.abc import Collection
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +24,9 @@ from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria import optimizer_state
 from esper.tolaria import randomness
 from esper.tolaria.history import EpochRecord
+from esper.tolaria.history import History
 from esper.tolaria.history import LifecycleEvent
+from esper.tolaria.history import RollbackRecord
 from esper.tolaria.history import TrialRecord
 from esper.tolaria.link import Advice
 from esper.tolaria.link import LinkState
@@ -31,6 +35,8 @@ from esper.tolaria.packing import Opaque
 from esper.tolaria.protocol import GraftProtocol
 from esper.tolaria.protocol import LiveGraftState
 from esper.tolaria.randomness import RandomState
+from esper.tolaria.surprise import SurpriseState
+from esper.tolaria.watch import Watch
 
 
 class Stateful(Protocol):
@@ -57,6 +63,7 @@ class TrainingState:
         fixed: Names of parameters that require no gradient.
         stateful: State of everything that the user has handed to the session, by name.
         random: The global random generators.
+        surprise: What the governor takes for usual, by figure.
     """
 
     epoch: int
@@ -68,6 +75,7 @@ class TrainingState:
     fixed: list[str]
     stateful: dict[str, Opaque]
     random: RandomState
+    surprise: dict[str, SurpriseState]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +155,8 @@ class RunRecord:
         epochs: Epoch records.
         refusals: Decisions that were not carried out.
         trials: Held-out trials; each has spent its share of the significance.
+        rollbacks: Faults that were undone.
+        num_attempts: Rollbacks since the last good snapshot.
         spent: Floating-point operations by category.
         decisions: All advice taken, in order.
         memory: What the policy remembers of the run.
@@ -159,11 +169,23 @@ class RunRecord:
     epochs: list[EpochRecord]
     refusals: list[str]
     trials: list[TrialRecord]
+    rollbacks: list[RollbackRecord]
+    num_attempts: int
     spent: dict[str, float]
     decisions: list[AdviceState]
     memory: bytes
     pending: list[AdviceState]
     told: list[bytes]
+
+    def history(self) -> History:
+        """Returns the history that the run goes on with."""
+        return History(
+            list(self.events),
+            list(self.epochs),
+            list(self.refusals),
+            list(self.trials),
+            list(self.rollbacks),
+        )
 
     def link_state(self) -> LinkState:
         """Returns where the run's link to the plane goes on."""
@@ -180,12 +202,14 @@ class TrainingParts:
         optimizers: The user's optimizers.
         protocol: The live grafts.
         stateful: What the user has handed to the session, by name.
+        watch: Knows what losses and gradients are usual.
     """
 
     model: MorphableModel
     optimizers: Sequence[Optimizer]
     protocol: GraftProtocol
     stateful: Mapping[str, Stateful]
+    watch: Watch
 
     def capture(self, epoch: int, step: int, epoch_first_step: int) -> TrainingState:
         """Returns the state between two steps; its tensors are those of the parts themselves."""
@@ -203,10 +227,15 @@ class TrainingParts:
             fixed=[name for name, p in self.model.named_parameters() if not p.requires_grad],
             stateful={name: Opaque(part.state_dict()) for name, part in self.stateful.items()},
             random=randomness.capture(),
+            surprise=self.watch.state(),
         )
 
-    def restore(self, state: TrainingState) -> None:
+    def restore(self, state: TrainingState, leave: Collection[str] = ()) -> None:
         """Puts the parts into a state; the model's weights and seeds are restored already.
+
+        Args:
+            state: The state.
+            leave: Names of stateful parts that stay as they are.
 
         Raises:
             ValueError: If optimizers or stateful parts are others than those of the state.
@@ -219,11 +248,22 @@ class TrainingParts:
         for optimizer, saved in zip(self.optimizers, state.optimizers, strict=True):
             optimizer_state.restore(optimizer, saved, parameters)
         self.protocol.resume(state.grafts, parameters)
+        self.watch.resume(state.surprise)
         for name, part in self.stateful.items():
+            if name in leave:
+                continue
             content = state.stateful[name].value
             assert isinstance(content, dict), "state_dict() returns a dict"
             part.load_state_dict(content)
         randomness.restore(state.random)
+
+    def positions(self) -> set[str]:
+        """Returns the names of stateful parts that are data, whose state is a position."""
+        return {
+            name
+            for name, part in self.stateful.items()
+            if isinstance(part, Iterable) and not isinstance(part, nn.Module)
+        }
 
     def _check(self, state: TrainingState) -> None:
         if self.stateful.keys() != state.stateful.keys():

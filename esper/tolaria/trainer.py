@@ -11,6 +11,7 @@ from itertools import islice
 from os import PathLike
 from typing import cast
 
+from torch import Tensor
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -24,17 +25,28 @@ from esper.tolaria.evaluation import SampleLoss
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import History
 from esper.tolaria.link import Address
+from esper.tolaria.mode import Mode
 from esper.tolaria.randomness import RandomState
 from esper.tolaria.sampling import ResumableSampler
-from esper.tolaria.session import Mode
 from esper.tolaria.session import Session
 from esper.tolaria.state import Stateful
 
 
 def train_step(
-    model: nn.Module, optimizer: Optimizer, batch: Batch, loss: SampleLoss
+    model: nn.Module,
+    optimizer: Optimizer,
+    batch: Batch,
+    loss: SampleLoss,
+    before_step: Callable[[Tensor], None] = lambda losses: None,
 ) -> tuple[float, int]:
     """Takes one optimizer step on a batch's mean loss.
+
+    Args:
+        model: The model.
+        optimizer: Steps once.
+        batch: The batch.
+        loss: Per-sample loss.
+        before_step: Is told the samples' losses before the optimizer steps.
 
     Returns:
         Sum of the samples' losses before the step, and their number.
@@ -42,6 +54,7 @@ def train_step(
     losses = loss(model, batch)
     optimizer.zero_grad(set_to_none=True)
     losses.mean().backward()
+    before_step(losses.detach())
     optimizer.step()
     return float(losses.detach().sum()), len(losses)
 
@@ -64,9 +77,9 @@ def train_epoch(
         ValueError: If there is no batch.
     """
     model.train()
-    position = _Position()
-    for batch in batches:
-        position.add(*train_step(model, optimizer, batch, loss))
+    position = _Position(lambda: batches)
+    for batch in position:
+        train_step(model, optimizer, batch, loss, position.add)
     return position.mean_loss()
 
 
@@ -76,9 +89,17 @@ class _Position:
     A loader with a ``ResumableSampler`` is told where to go on. Other batches are not numbered by
     the data but by the loop: it goes on by drawing the epoch's batches anew, from the random state
     that the epoch began with, and skipping those that it has seen.
+
+    Args:
+        batches: Returns the batches of the epoch that is running.
+
+    Attributes:
+        epoch: The epoch that is running, from 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batches: Callable[[], Iterable[Batch]]) -> None:
+        self._batches = batches
+        self.epoch = 0
         self.reset()
 
     def reset(self) -> None:
@@ -86,26 +107,25 @@ class _Position:
         self._total, self._num_samples = 0.0, 0
         self._random: RandomState | None = None  # when the epoch began; None before
 
-    def add(self, total: float, num_samples: int) -> None:
-        self.num_batches += 1
-        self._total += total
-        self._num_samples += num_samples
+    def add(self, losses: Tensor) -> None:
+        self._total += float(losses.sum())
+        self._num_samples += len(losses)
 
     def mean_loss(self) -> float:
         if self._num_samples == 0:
             raise ValueError("train has 0 samples, but an epoch needs at least 1")
         return self._total / self._num_samples
 
-    def rest_of(self, epoch: int, batches: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
-        """Returns the batches of the epoch that are left."""
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches of the epoch that are left."""
         now = randomness.capture()
         begun = self._random is not None
         if self._random is None:
             self._random = now
         randomness.restore(self._random)
-        source = batches()
+        source = self._batches()
         if isinstance(source, DataLoader) and isinstance(source.sampler, ResumableSampler):
-            source.sampler.set_epoch(epoch)
+            source.sampler.set_epoch(self.epoch)
             source.sampler.skip(self.num_batches * (source.batch_size or 1))
             rest = source.sampler.rest_of_epoch(source)
         else:
@@ -113,7 +133,9 @@ class _Position:
             next(islice(rest, self.num_batches, self.num_batches), None)
         if begun:
             randomness.restore(now)
-        return rest
+        for batch in rest:
+            self.num_batches += 1
+            yield batch
 
     def state_dict(self) -> dict[str, object]:
         return {
@@ -196,7 +218,7 @@ class Trainer:
         self._checkpoints = checkpoints
         self._save_every_steps = save_every_steps
         self._resume = resume
-        self._position = _Position()
+        self._position = _Position(self._batches)
         self.num_samples = 0
         """Samples that ``fit`` has trained on in this epoch."""
         self.session: Session | None = None
@@ -227,8 +249,8 @@ class Trainer:
         resume = self._checkpoints.latest() if self._checkpoints and self._resume else None
         with self._open_session(resume=resume) as session:
             self.session = session
-            for epoch in range(session.epoch, self._epochs):
-                train_loss = self._train_epoch(session, epoch)
+            for _ in range(session.epoch, self._epochs):
+                train_loss = self._train_epoch(session)
                 record = session.epoch_end(train_loss=train_loss)
                 self._position.reset()
                 if self._on_epoch is not None:
@@ -236,20 +258,28 @@ class Trainer:
                 self._save(session)
         return session.history
 
-    def _train_epoch(self, session: Session, epoch: int) -> float:
+    def _train_epoch(self, session: Session) -> float:
         self.model.train()
         position = self._position
         self.num_samples = 0
-        for batch in position.rest_of(epoch, lambda: self._batches(epoch)):
-            total, num_samples = train_step(self._parallel, self.optimizer, batch, self._loss)
-            position.add(total, num_samples)
+        position.epoch = session.epoch
+
+        def before_step(losses: Tensor) -> None:
+            position.add(losses)
+            session.note_loss(losses.mean())
+
+        for batch in session.batches(position):
+            _, num_samples = train_step(
+                self._parallel, self.optimizer, batch, self._loss, before_step
+            )
             self.num_samples += num_samples
             if self._save_every_steps and session.step % self._save_every_steps == 0:
                 self._save(session)
         return position.mean_loss()
 
-    def _batches(self, epoch: int) -> Iterable[Batch]:
-        return self._train(epoch) if callable(self._train) else self._train
+    def _batches(self) -> Iterable[Batch]:
+        assert self.session is not None, "batches are drawn inside of fit"
+        return self._train(self.session.epoch) if callable(self._train) else self._train
 
     def _save(self, session: Session) -> None:
         if self._checkpoints is not None:

@@ -52,26 +52,32 @@ class Trials:
         self._config = config
         self._ranks = ranks
 
-    def hold(self, epoch: int, records: list[TrialRecord]) -> Tensor | None:
+    def are_due(self) -> bool:
+        """Returns whether a graft waits for a trial that needs the held-out losses."""
+        return self._config.accept != "always" and bool(self._protocol.due_for_trial())
+
+    def hold(self, epoch: int, records: list[TrialRecord], losses: Tensor | None) -> Tensor | None:
         """Brings every graft that is due to its verdict.
 
         Args:
             epoch: The epoch that ends.
             records: All trials of the run so far, each of which has spent its share of the level;
                 those held now are added.
+            losses: Held-out losses of the model as it is, [samples]; ``None`` where they were not
+                measured, as then none are due.
 
         Returns:
-            Held-out losses of the model as it is left, [samples]; ``None`` where none was measured.
+            Held-out losses of the model as it is left.
         """
         due = self._protocol.due_for_trial()
         if self._config.accept == "always":
             for graft in due:
                 self._protocol.keep(graft, "kept without a trial")
-            return None
+            return losses
         if not due:
-            return None
-        with_seed = self._losses()
-        self._cost.add_evaluation(len(with_seed))
+            return losses
+        assert losses is not None, "they are measured where trials are due"
+        with_seed = losses
         for graft in due:
             with self._model.muted(*graft.key):
                 without_seed = self._losses()

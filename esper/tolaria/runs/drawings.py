@@ -50,6 +50,7 @@ def losses(history: History) -> str:
     if curves.train_loss.values or curves.held_out_loss.values:
         axes.set_yscale("log")
     axes.set_ylabel("loss")
+    _mark_rollbacks(axes, history)
     axes.legend()
     _finish(axes)
     return _svg(figure)
@@ -103,6 +104,7 @@ def lanes(history: History) -> str:
     axes.set_yticks(range(len(lives)), [f"{slot}[{seed}]" for slot, seed in lives])
     axes.set_xlim(0, end)
     axes.invert_yaxis()
+    _mark_rollbacks(axes, history)
     if not lives:
         axes.text(0.5, 0.5, "no seed germinated", transform=axes.transAxes, ha="center")
     for state in STATE_COLOURS:
@@ -170,6 +172,17 @@ def structure(parts: Sequence[tuple[str, int, Sequence[tuple[str, int]]]]) -> st
     axes.set_xlabel("parameters: the host's in gray, the grafts' in green")
     axes.invert_yaxis()
     return _svg(figure)
+
+
+def _mark_rollbacks(axes: Axes, history: History) -> None:
+    for number, one in enumerate(history.rollbacks):
+        axes.axvspan(
+            one.to_step,
+            one.step,
+            color=STATE_COLOURS["ROLLED_BACK"],
+            alpha=0.15,
+            label="undone" if number == 0 else None,
+        )
 
 
 def _finish(axes: Axes) -> None:

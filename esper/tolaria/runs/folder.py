@@ -8,6 +8,7 @@
 | events.jsonl | one line per move of a seed |
 | trials.jsonl | one line per held-out trial |
 | attribution.jsonl | what each seed of the finished model is worth on the held-out data |
+| rollbacks.jsonl | one line per fault that was undone |
 | checkpoints/ | what the run can go on from |
 | plane/ | the store of the run's own plane, with its hash-chained history |
 | model/ | the finished model, see docs/model-format.md |
@@ -30,6 +31,7 @@ import cattrs
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import History
 from esper.tolaria.history import LifecycleEvent
+from esper.tolaria.history import RollbackRecord
 from esper.tolaria.history import SeedAttribution
 from esper.tolaria.history import TrialRecord
 
@@ -40,6 +42,7 @@ TABLE_FILE = "metrics.csv"
 EVENTS_FILE = "events.jsonl"
 TRIALS_FILE = "trials.jsonl"
 ATTRIBUTION_FILE = "attribution.jsonl"
+ROLLBACKS_FILE = "rollbacks.jsonl"
 REPORT_FILE = "report.html"
 
 T = TypeVar("T")
@@ -63,6 +66,7 @@ class EpochMetrics:
         learning_rate: Of the first parameter group, at its end.
         samples_per_s: Training samples per second of wall-clock time, growth included.
         wall_s: Wall-clock time of the epoch, in seconds.
+        rollbacks: Faults that were undone in it.
     """
 
     epoch: int
@@ -74,6 +78,7 @@ class EpochMetrics:
     learning_rate: float
     samples_per_s: float
     wall_s: float
+    rollbacks: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -154,9 +159,10 @@ class RunFolder:
         temporary.replace(self.path / TABLE_FILE)
 
     def write_history(self, history: History) -> None:
-        """Writes lifecycle events and trials."""
+        """Writes lifecycle events, trials and rollbacks."""
         self._write(EVENTS_FILE, _lines(event.to_json() for event in history.events))
         self._write(TRIALS_FILE, _lines(asdict(trial) for trial in history.trials))
+        self._write(ROLLBACKS_FILE, _lines(asdict(record) for record in history.rollbacks))
 
     def write_attribution(self, records: Iterable[SeedAttribution]) -> None:
         """Writes what each seed of the finished model is worth."""
@@ -188,6 +194,10 @@ class RunFolder:
         """Returns what each seed of the finished model is worth; empty before it is finished."""
         return list(self._rows(ATTRIBUTION_FILE, SeedAttribution))
 
+    def rollbacks(self) -> list[RollbackRecord]:
+        """Returns the faults that were undone."""
+        return list(self._rows(ROLLBACKS_FILE, RollbackRecord))
+
     def events(self) -> list[LifecycleEvent]:
         """Returns the moves of the seeds."""
         names = {"from": "before", "to": "after"}
@@ -210,7 +220,7 @@ class RunFolder:
             )
             for one in self.epochs()
         ]
-        return History(self.events(), epochs, [], self.trials())
+        return History(self.events(), epochs, [], self.trials(), self.rollbacks())
 
     def _rows(self, file: str, kind: type[T]) -> Iterator[T]:
         return (_structured(kind, row, self.path / file) for row in self._objects(file))

@@ -17,6 +17,7 @@ def scalars(metrics: EpochMetrics) -> dict[str, float]:
         "loss/held_out": metrics.held_out_loss,
         "growth/parameters": metrics.parameters,
         "growth/flops": metrics.flops,
+        "growth/rollbacks": metrics.rollbacks,
         "training/learning_rate": metrics.learning_rate,
         "training/samples_per_s": metrics.samples_per_s,
     }

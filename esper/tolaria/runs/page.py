@@ -44,6 +44,7 @@ def report(folder: RunFolder) -> str:
         attribution_drawing=Markup(drawings.attribution(shares)),
         size=Markup(drawings.size(history)),
         structure=Markup(drawings.structure(parts)) if parts else None,
+        rollbacks=history.rollbacks,
         events=history.events,
         config=folder.config_text(),
     )

@@ -180,6 +180,7 @@ class _Log:
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             samples_per_s=trainer.num_samples * self.num_ranks / wall_s,
             wall_s=wall_s,
+            rollbacks=sum(one.epoch == record.epoch for one in session.history.rollbacks),
         )
         self._epochs = [one for one in self._epochs if one.epoch < record.epoch] + [metrics]
         self.folder.write_epochs(self._epochs)
