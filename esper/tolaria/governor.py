@@ -105,6 +105,8 @@ class Governor:
         self._sound_drawn = 0  # batches drawn when all was well last
         self._due = True  # the snapshot that the epoch starts with
         self._warned = False
+        # Sharded tensors are gathered in a forward, and may be so until the step after it.
+        self._sharded = any(hasattr(p, "to_local") for p in parts.model.parameters())
         self._hook = parts.model.register_forward_pre_hook(self._before_forward)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Governor":
@@ -133,10 +135,8 @@ class Governor:
 
     def before_batch(self) -> None:
         """Takes the snapshot that is due, before anything of the coming step has happened."""
-        if self._due and self._is_on:
-            self._due = False
-            self._ring.clear()
-            self._take(good=True)
+        if not self._sharded:
+            self._start()
 
     def after_optimizer(self, optimizer: Optimizer, step: int) -> bool:
         """Judges a step of an optimizer, right after it.
@@ -167,7 +167,7 @@ class Governor:
     def after_step(self, step: int) -> None:
         """Takes a snapshot of the run after a step where one is due."""
         if self._due:
-            self.before_batch()
+            self._start()
         elif self._is_on and step % self._config.snapshot_every_steps == 0:
             self._take()
 
@@ -237,10 +237,14 @@ class Governor:
         return self._config.enabled and not self.gave_up
 
     def _before_forward(self, module: nn.Module, args: tuple[object, ...]) -> None:
-        if not self._due or module is not self._model or not module.training:
-            return
-        if not any(hasattr(parameter, "to_local") for parameter in module.parameters()):
-            self.before_batch()  # sharded tensors are gathered now: the step is waited for
+        if self._due and module is self._model and module.training:
+            self.before_batch()
+
+    def _start(self) -> None:
+        if self._due and self._is_on:
+            self._due = False
+            self._ring.clear()
+            self._take(good=True)
 
     def _take(self, *, good: bool = False) -> None:
         self._watch.note_weights("host's weights", list(self._model.host.parameters()))

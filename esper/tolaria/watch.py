@@ -174,9 +174,12 @@ def _gradient(number: int) -> str:
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     dense = [tensor._values() if tensor.is_sparse else tensor for tensor in tensors]
-    norm = get_total_norm(dense)
-    full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return full.float()
+    plain = [tensor for tensor in dense if not hasattr(tensor, "full_tensor")]
+    if len(plain) == len(dense):
+        return get_total_norm(plain).float()
+    sharded = get_total_norm([tensor for tensor in dense if hasattr(tensor, "full_tensor")])
+    whole: Tensor = getattr(sharded, "full_tensor", lambda: sharded)().float()
+    return torch.hypot(whole, get_total_norm(plain).float().to(whole.device)) if plain else whole
 
 
 def is_sound(host: nn.Module) -> bool:

@@ -61,6 +61,7 @@ def test_tensorboard_reads_the_figures(run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert all(event.value == 0 for event in events.Scalars("growth/rollbacks"))
     logged = [event.value for event in events.Scalars("growth/parameters")]
     assert logged == [row["parameters"] for row in lines(run / "metrics.jsonl")]
     assert any(tag.startswith("growth/net") for tag in events.Tags()["tensors"])
@@ -92,9 +93,13 @@ def test_what_a_run_says_is_escaped(run: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_text((run / name).read_text())
     event = lines(run / "events.jsonl")[0] | {"reason": "<script>alert(1)</script>"}
     (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
+    rollback = {"epoch": 1, "step": 30, "to_step": 17, "reason": "loss <b>", "seeds": [["net", 2]]}
+    (tmp_path / "rollbacks.jsonl").write_text(json.dumps(rollback) + "\n")
     assert esper("report", tmp_path).returncode == 0
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page
+    assert "Rollbacks" in page and "loss &lt;b&gt;" in page and "net[2]" in page
+    assert "undone" in page  # marked in the drawings too
 
 
 def test_runs_are_listed_shown_and_compared(run: Path) -> None:

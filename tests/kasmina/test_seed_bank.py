@@ -181,6 +181,30 @@ def test_embargo(state):
     assert bank.state(0, 0) == DORMANT
 
 
+def test_a_single_place_can_be_put_under_embargo():
+    bank = SeedBank([2])
+    for seed in (0, 1):
+        for state in (GERMINATED, TRAINING, ROLLED_BACK):
+            bank.advance(0, seed, state)
+    bank.set_embargo(0, 1, 2)
+    assert SeedBank.from_bytes(bank.to_bytes()).embargo_remaining(0, 1) == 2
+    bank.advance(0, 0, DORMANT)
+    bank.tick()
+    with pytest.raises(ValueError, match="for another 1 steps"):
+        bank.advance(0, 1, DORMANT)
+    bank.tick()
+    bank.advance(0, 1, DORMANT)
+    with pytest.raises(ValueError, match="DORMANT cannot be put under embargo"):
+        bank.set_embargo(0, 1, 2)
+    bank.advance(0, 0, GERMINATED)
+    with pytest.raises(ValueError, match="GERMINATED cannot be put under embargo"):
+        bank.set_embargo(0, 0, 2)
+    bank.advance(0, 0, CANCELLED)
+    for steps in (-1, 2**52 + 1):
+        with pytest.raises(ValueError, match=f"embargo is {steps} steps"):
+            bank.set_embargo(0, 0, steps)
+
+
 def run_schedule(bank: SeedBank, limit: int = 1000) -> list[float]:
     values = [bank.alpha(0, 0)]
     while not bank.tick():

@@ -265,10 +265,8 @@ def test_the_newest_seed_at_work_leaves_and_its_place_stays_empty_for_a_while(
         assert report.reason == record.reason
         with client.oona.subscribe("system.events.rollback", 0) as events:
             told = event_pb2.RollbackEvent()
-            assert any(
-                event.body.Unpack(told) and told.run == run and list(told.seeds) == ["net[1]"]
-                for event, _ in zip(events, range(1), strict=False)
-            )
+            assert any(event.body.Unpack(told) and told.run == run for event in events)
+        assert list(told.seeds) == ["net[1]"] and (told.step, told.to_step) == (10, 8)
         assert client.urza.runs.verify_run(f"runs/{run}").intact
 
 
@@ -558,7 +556,7 @@ def test_a_collapse_on_held_out_data_is_undone() -> None:
 
 
 def test_seeds_that_cannot_come_to_anything_are_removed() -> None:
-    loop = Loop(governor=replace(QUICK, check_every_steps=1000))
+    loop = Loop(SGD, governor=replace(QUICK, check_every_steps=1000))
     with loop.session:
         for seed in (0, 1):
             loop.plant("widen", seed=seed, training_steps=100)

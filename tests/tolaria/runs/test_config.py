@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from esper.config import BudgetConfig
 from esper.config import Candidate
 from esper.config import EsperConfig
+from esper.config import GovernorConfig
 from esper.config import GraftConfig
 from esper.tolaria.runs.config import ConfigError
 from esper.tolaria.runs.config import HostConfig
@@ -36,6 +37,9 @@ growth:
       ranks: [4, 8]
   graft:
     training_steps: 5
+  governor:
+    false_alarm_rate: 1e-7
+    give_up: go_on
 """
 
 
@@ -54,6 +58,7 @@ def test_every_kind_of_value_is_read() -> None:
         growth=EsperConfig(
             candidates=(Candidate(blueprint="widen", ranks=(4, 8)),),
             graft=GraftConfig(training_steps=5),
+            governor=GovernorConfig(false_alarm_rate=1e-7, give_up="go_on"),
         ),
     )
     assert type(config.epochs) is int and type(config.optimizer.learning_rate) is float
