@@ -129,6 +129,7 @@ class Governor:
             epoch: Whether an epoch begins.
         """
         self._due = True
+        self._watch.forget_figures()  # no checkpoint holds them
         if epoch:
             self.drawn = self._sound_drawn = 0
             self.left_out = range(0)

@@ -179,7 +179,7 @@ class Session:
         self._protocol = GraftProtocol(
             model, self._optimizers, self._config.graft, scaler, self._ranks
         )
-        self._watch = Watch(self._config.governor, len(self._optimizers))
+        self._watch = Watch(self._config.governor, len(self._optimizers), scaled=bool(scaler))
         self._parts = TrainingParts(
             model, self._optimizers, self._protocol, stateful or {}, self._watch
         )

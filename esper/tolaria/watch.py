@@ -47,9 +47,13 @@ class Watch:
     Args:
         config: How often it looks, and how many false alarms there may be.
         num_optimizers: Number of the user's optimizers.
+        scaled: Whether a scaler leaves out steps that overflow; their losses do not count then.
     """
 
-    def __init__(self, config: GovernorConfig, num_optimizers: int) -> None:
+    def __init__(
+        self, config: GovernorConfig, num_optimizers: int, *, scaled: bool = False
+    ) -> None:
+        self._scaled = scaled
         rate = min(0.5, config.false_alarm_rate * config.check_every_steps)
         names = (LOSS, *(_gradient(number) for number in range(num_optimizers)))
         self._usual = {name: Surprise(rate / len(names)) for name in names}
@@ -62,7 +66,7 @@ class Watch:
         return any(usual.suspicious for usual in self._usual.values())
 
     def note_loss(self, loss: Tensor | float) -> None:
-        """Takes in a loss; the highest since the last look counts.
+        """Takes in a loss; the highest since the last look counts, with a scaler the last.
 
         Raises:
             ValueError: If it is not a scalar.
@@ -72,7 +76,9 @@ class Watch:
             raise ValueError(f"loss has shape {tuple(value.shape)}, but it must be a scalar")
         value = value.reshape(()).float()
         before = self._figures.get(LOSS)
-        self._figures[LOSS] = value if before is None else torch.maximum(before, value)
+        if before is not None and not self._scaled:
+            value = torch.maximum(before, value)
+        self._figures[LOSS] = value
 
     def note_gradients(self, number: int, optimizer: Optimizer) -> None:
         """Takes in the norm of the gradients that an optimizer has just used."""

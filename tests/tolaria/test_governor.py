@@ -371,10 +371,10 @@ def test_without_a_fault_nothing_changes(seed: int) -> None:
 def test_an_overflow_that_the_scaler_skips_is_no_fault() -> None:
     loop = Loop(scaler=GradScaler("cpu", init_scale=2.0**10, growth_interval=3))
     with loop.session:
-        for batch in STREAM[:10]:
+        for batch in [*STREAM, *STREAM]:
             loop.step(batch)
         for _ in range(3):
-            loop.step(STREAM[10], scale=1e38)
+            loop.step(STREAM[10], scale=math.inf)
         for batch in STREAM[11:20]:
             loop.step(batch)
         assert not loop.session.history.rollbacks
