@@ -16,7 +16,7 @@ from esper.tolaria.evaluation import Batch
 from esper.tolaria.evaluation import SampleLoss
 from esper.tolaria.history import History
 from esper.tolaria.link import Address
-from esper.tolaria.session import Mode
+from esper.tolaria.mode import Mode
 from esper.tolaria.session import Session
 
 
