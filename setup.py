@@ -257,7 +257,7 @@ def ninja_text(output: Path) -> str:
             libraries += ["-lc10_cuda", "-ltorch_cuda"]
         sources += sorted((ROOT / "csrc").rglob("*.cu"))
     else:
-        sources = [path for path in sources if path.stem != "cuda_binding"]
+        sources = [path for path in sources if not path.stem.startswith("cuda_")]
     for source in sources:
         target = f"{source.relative_to(ROOT).as_posix()}.o"
         lines.append(f"build {target}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}")

@@ -14,8 +14,10 @@
 
 #include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "kernels/cuda/slot.h"
+#include "ops/cuda_fused.h"
 #include "ops/slot.h"
 
 namespace esper {
@@ -81,22 +83,40 @@ struct Operands {
   }
 };
 
+// The seeds of a call that a test picks.
+template <class Test>
+std::vector<std::size_t> at_work(const SlotCall& call, Test test) {
+  std::vector<std::size_t> result;
+  for (std::size_t i = 0; i < call.seeds.size(); ++i) {
+    if (test(i)) result.push_back(i);
+  }
+  return result;
+}
+
 template <class T>
 std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tensor& h,
                                            const std::optional<at::Tensor>& x, at::TensorList params,
                                            bool telemetry) {
-  Operands<T> operands(call, h, h, x, params);
-  auto y = operands.h.clone();
-  const bool planes = any_spatial(call) && in_planes(h);
+  const FusedSeeds fused(call, h, params, current_stream(h.device()));
   auto stats = at::zeros({telemetry ? static_cast<std::int64_t>(call.seeds.size()) : 0, kNumStats},
                          h.options().dtype(at::kDouble));
-  for (std::size_t i = 0; i < call.seeds.size(); ++i) {
-    if (call.tokens == 0 || (call.seeds[i].scalars.alpha_fwd == 0.0f && !telemetry)) continue;
-    auto* row = telemetry ? reinterpret_cast<ChunkStats*>(stats.template mutable_data_ptr<double>()) + i
-                          : nullptr;
-    check_launch(cuda::forward<T>(operands.seed(call, i), y.template mutable_data_ptr<T>(), row,
-                                  operands.stream));
+  const auto others = at_work(call, [&](std::size_t i) {
+    return !fused.takes(i) && call.tokens > 0 && (call.seeds[i].scalars.alpha_fwd != 0.0f || telemetry);
+  });
+  const bool planes = any_spatial(call) && in_planes(h);
+  const auto host = h.contiguous();
+  auto y = fused.write_all(false, false) ? at::empty(host.sizes(), host.options()) : host.clone();
+  if (!others.empty()) {
+    Operands<T> operands(call, h, h, x, params);
+    auto wide = operands.h.clone();
+    for (const auto i : others) {
+      auto* row = telemetry ? reinterpret_cast<ChunkStats*>(stats.template mutable_data_ptr<double>()) + i : nullptr;
+      check_launch(
+          cuda::forward<T>(operands.seed(call, i), wide.template mutable_data_ptr<T>(), row, operands.stream));
+    }
+    y = wide.to(h.scalar_type());
   }
+  fused.forward(host, x, y, stats);
   return {laid_out(y, h.scalar_type(), planes), std::move(stats)};
 }
 
@@ -104,36 +124,48 @@ template <class T>
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
     const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
     const std::optional<at::Tensor>& x, at::TensorList params, at::IntArrayRef need) {
-  Operands<T> operands(call, dy, h, x, params);
-  const auto grad = as_operand(dy, call.compute_type);
+  const FusedSeeds fused(call, dy, params, current_stream(dy.device()));
   const bool need_dh = need[kNeedHost] != 0;
-  const bool need_dx = need[kNeedInput] != 0 && operands.x.defined();
-  auto dh = need_dh ? grad.clone() : at::empty({0}, grad.options());
-  auto dx = need_dx ? at::zeros(x->sizes(), grad.options()) : at::empty({0}, grad.options());
+  const bool need_dx = need[kNeedInput] != 0 && call.input_width > 0;
+  const auto host = dy.contiguous();
+  at::Tensor dh, dx;  // undefined where not wanted
+  if (need_dx) dx = at::zeros(x->sizes(), x->options());
   std::vector<at::Tensor> dparams(params.size());
-  for (std::size_t i = 0; i < call.seeds.size(); ++i) {
-    const auto& seed = call.seeds[i];
-    const bool input = seed.shape.source == Source::kInput;
-    cuda::SeedGrads<T> grads;
-    grads.dy = grad.template const_data_ptr<T>();
-    if (seed.scalars.gamma != 0.0f && (input ? need_dx : need_dh)) {
-      grads.dsource = (input ? dx : dh).template mutable_data_ptr<T>();
+  const auto others = at_work(call, [&](std::size_t i) { return !fused.takes(i); });
+  if (others.empty()) {
+    if (need_dh) dh = fused.write_all(true, true) ? at::empty(host.sizes(), host.options()) : host.clone();
+  } else {
+    Operands<T> operands(call, dy, h, x, params);
+    const auto grad = as_operand(dy, call.compute_type);
+    auto wide_dh = need_dh ? grad.clone() : at::Tensor();
+    auto wide_dx = need_dx ? at::zeros(x->sizes(), grad.options()) : at::Tensor();
+    for (const auto i : others) {
+      const auto& seed = call.seeds[i];
+      auto& sent = seed.shape.source == Source::kInput ? wide_dx : wide_dh;
+      cuda::SeedGrads<T> grads;
+      grads.dy = grad.template const_data_ptr<T>();
+      if (seed.scalars.gamma != 0.0f && sent.defined()) grads.dsource = sent.template mutable_data_ptr<T>();
+      bool wanted = grads.dsource != nullptr;
+      each_param<T>(seed, [&](auto member, std::size_t index, std::int64_t, std::int64_t) {
+        const bool needed = need[kNeedParams + index] != 0;
+        auto& to = dparams[index];
+        to = at::zeros(needed ? params[index].sizes() : at::IntArrayRef{0}, grad.options());
+        if (!needed || seed.scalars.alpha_bwd == 0.0f) return;
+        grads.params.*member = to.template mutable_data_ptr<T>();
+        wanted = true;
+      });
+      if (wanted && call.tokens > 0) {
+        check_launch(cuda::backward<T>(operands.seed(call, i), grads, operands.stream));
+      }
     }
-    bool wanted = grads.dsource != nullptr;
-    each_param<T>(seed, [&](auto member, std::size_t index, std::int64_t, std::int64_t) {
-      const bool needed = need[kNeedParams + index] != 0;
-      auto& to = dparams[index];
-      to = at::zeros(needed ? params[index].sizes() : at::IntArrayRef{0}, grad.options());
-      if (!needed || seed.scalars.alpha_bwd == 0.0f) return;
-      grads.params.*member = to.template mutable_data_ptr<T>();
-      wanted = true;
-    });
-    if (wanted && call.tokens > 0) check_launch(cuda::backward<T>(operands.seed(call, i), grads, operands.stream));
+    if (need_dh) dh = wide_dh.to(dy.scalar_type());
+    if (need_dx) dx = wide_dx.to(x->scalar_type());
   }
+  fused.backward(host, h, x, need, need_dh && !fused.write_all(true, true) ? dh : host, dh, dx, dparams);
   for (std::size_t p = 0; p < params.size(); ++p) dparams[p] = dparams[p].to(params[p].scalar_type());
   const bool planes = any_spatial(call) && in_planes(call.reads_output ? *h : dy);
-  return {need_dh ? laid_out(dh, dy.scalar_type(), planes) : dh.to(dy.scalar_type()),
-          need_dx ? laid_out(dx, x->scalar_type(), planes) : dx, std::move(dparams)};
+  return {need_dh ? laid_out(dh, dy.scalar_type(), planes) : at::empty({0}, dy.options()),
+          need_dx ? laid_out(dx, x->scalar_type(), planes) : at::empty({0}, dy.options()), std::move(dparams)};
 }
 
 std::tuple<at::Tensor, at::Tensor> slot_forward_cuda(const at::Tensor& h,

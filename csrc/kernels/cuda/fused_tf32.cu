@@ -1,0 +1,8 @@
+#include "kernels/cuda/fused.cuh"
+
+namespace esper::cuda {
+
+template const char* forward_of<float>(const FusedCall&, void*);
+template const char* backward_of<float>(const FusedCall&, void*);
+
+}  // namespace esper::cuda
