@@ -118,6 +118,13 @@ void bind_seed_bank(py::module_& m) {
             b.set_embargo(b.index(slot, seed), steps);
           },
           py::arg("slot"), py::arg("seed"), py::arg("steps"))
+      .def(
+          "set_plan",
+          [](SeedBank& b, std::int64_t slot, std::int64_t seed, const std::vector<std::int64_t>& record) {
+            b.set_plan(b.index(slot, seed), record);
+          },
+          py::arg("slot"), py::arg("seed"), py::arg("record"))
+      .def("plan", &SeedBank::plan, py::arg("slot"))
       .def("tick", &SeedBank::tick)
       .def("scalars",
            [](py::object self) {
@@ -138,6 +145,16 @@ void bind_seed_bank(py::module_& m) {
            [](py::object self) {
              auto& b = self.cast<SeedBank&>();
              return view(self, b.progress(), {b.num_seeds()}, false);
+           })
+      .def("embargoes",
+           [](py::object self) {
+             auto& b = self.cast<SeedBank&>();
+             return view(self, b.embargoes(), {b.num_seeds()}, false);
+           })
+      .def("plans",
+           [](py::object self) {
+             auto& b = self.cast<SeedBank&>();
+             return view(self, b.plans(), {b.num_seeds(), esper::kPlanWidth}, false);
            })
       .def("to_bytes", [](const SeedBank& b) { return py::bytes(b.to_bytes()); })
       .def_static(

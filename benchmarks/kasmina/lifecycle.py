@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,7 +13,6 @@ from esper import _C
 from esper.blueprints import get
 from esper.blueprints import lower
 from esper.common.v1 import blueprint_pb2
-from esper.kasmina import MorphableModel
 from esper.kasmina import SeedLifecycleState
 
 SLOT = "0"
@@ -30,41 +30,59 @@ def ticking_bank(seeds: int) -> _C.SeedBank:
     return bank
 
 
-def planted() -> tuple[MorphableModel, Callable[[], float], Callable[[], float]]:
-    """Returns a model with a full slot, and two moves that give the seconds they took.
+@dataclass(frozen=True)
+class Moves:
+    """Seconds of what puts a cached kernel into a seed.
 
-    The first plants a kernel that the cache holds in the slot's last seed, everything checked and
-    the plan rebuilt; the second is the slot's swap to a new plan alone.
+    Attributes:
+        whole: ``load_kernel`` and ``advance`` to TRAINING: digest, cache, checks, parameters, both
+            moves of the lifecycle and the slot's new plan. The next forward computes the kernel.
+        swap: The part of it in which the slot takes up its new plan: the bank writes the plan, the
+            slot finds its parameters and its hook, and compiled graphs learn of it.
+    """
+
+    whole: float
+    swap: float
+
+
+def planting(busy: bool) -> Callable[[], Moves]:
+    """Returns a move that puts a cached kernel into a seed of a slot whose others compute.
+
+    Args:
+        busy: Whether the model runs between two moves, so that they find the caches cold.
     """
     torch.manual_seed(0)
     model = esper.wrap(
         nn.Sequential(nn.Linear(768, 768)), seeds_per_layer=SEEDS, preserve_original=False
     )
-    model(torch.randn(4, 768))
-    signature = model.signature(SLOT, SEEDS - 1, blueprint_pb2.SEED_SOURCE_OUTPUT)
+    layer, inputs, last = model.slots[SLOT], torch.randn(4, 768), SEEDS - 1
+    signature = model.signature(SLOT, last, blueprint_pb2.SEED_SOURCE_OUTPUT)
     kernel = lower(get("bottleneck", rank=16), signature)
-    for seed in range(SEEDS):
+    for seed in range(last):
         model.load_kernel(SLOT, seed, kernel)
-        if seed < SEEDS - 1:
-            model.advance(SLOT, seed, SeedLifecycleState.TRAINING)
-    layer = model.slots[SLOT]
+        model.advance(SLOT, seed, SeedLifecycleState.TRAINING)
 
-    def load() -> float:
-        model.unload_kernel(SLOT, SEEDS - 1)
-        model.advance(SLOT, SEEDS - 1, SeedLifecycleState.DORMANT)
-        started = time.process_time()
-        model.load_kernel(SLOT, SEEDS - 1, kernel)
-        return time.process_time() - started
+    def move() -> Moves:
+        started = time.perf_counter()
+        model.load_kernel(SLOT, last, kernel)
+        model.advance(SLOT, last, SeedLifecycleState.TRAINING)
+        planted = time.perf_counter()
+        model._switch(layer)  # once more, alone
+        switched = time.perf_counter()
+        if busy:
+            model(inputs)
+        model.cull(SLOT, last)
+        model.advance(SLOT, last, SeedLifecycleState.DORMANT)
+        return Moves(planted - started, switched - planted)
 
-    def swap() -> float:
-        states = [model.seed_state(SLOT, seed) for seed in range(SEEDS)]
-        started = time.process_time()
-        layer.rebuild(states)
-        return time.process_time() - started
-
-    return model, load, swap
+    return move
 
 
-def median_of(move: Callable[[], float], times: int = 51) -> float:
-    """Returns the median seconds of a move."""
-    return statistics.median(move() for _ in range(times))
+def median_moves(busy: bool = False, times: int = 501) -> Moves:
+    """Returns the median of each part."""
+    move = planting(busy)
+    moves = [move() for _ in range(times)]
+    return Moves(
+        statistics.median(each.whole for each in moves),
+        statistics.median(each.swap for each in moves),
+    )

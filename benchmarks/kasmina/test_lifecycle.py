@@ -2,8 +2,7 @@
 
 import pytest
 
-from benchmarks.kasmina.lifecycle import median_of
-from benchmarks.kasmina.lifecycle import planted
+from benchmarks.kasmina.lifecycle import planting
 from benchmarks.kasmina.lifecycle import ticking_bank
 
 
@@ -14,9 +13,7 @@ def test_tick(benchmark, seeds: int) -> None:
     benchmark.pedantic(bank.tick, rounds=21, warmup_rounds=2)
 
 
-def test_a_cached_kernel_into_a_seed(benchmark) -> None:
+@pytest.mark.parametrize("busy", [False, True], ids=["alone", "after a forward"])
+def test_a_cached_kernel_into_a_seed_and_out_again(benchmark, busy: bool) -> None:
     benchmark.group = "a cached kernel into a seed"
-    _model, load, swap = planted()
-    benchmark.extra_info["swap_median_s"] = median_of(swap)
-    benchmark.extra_info["load_median_s"] = median_of(load)
-    benchmark.pedantic(load, rounds=21, warmup_rounds=2)
+    benchmark.pedantic(planting(busy), rounds=201, warmup_rounds=2)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstdint>
 
 namespace esper {
@@ -36,5 +37,19 @@ inline constexpr std::int64_t kPlanWidth = kPlanFields.size();
 inline constexpr std::int64_t kBiasHidden = 1;
 inline constexpr std::int64_t kBiasGate = 2;
 inline constexpr std::int64_t kBiasOutput = 4;
+
+// Columns of a record that are read outside of the operators' own checks.
+inline constexpr std::size_t kPlanRow = 0;
+inline constexpr std::size_t kPlanWidthOfChunk = 2;
+inline constexpr std::size_t kPlanFamily = 4;
+inline constexpr std::size_t kPlanGated = 6;
+inline constexpr std::size_t kPlanFirstParam = 8;
+inline constexpr std::size_t kPlanBiases = 9;
+
+// How many tensors of `params` a record names.
+constexpr std::int64_t num_params(const std::int64_t* record) {
+  const std::int64_t products = record[kPlanFamily] == 1 ? 1 : 2;  // affine has one
+  return products + record[kPlanGated] + std::popcount(static_cast<std::uint64_t>(record[kPlanBiases]));
+}
 
 }  // namespace esper

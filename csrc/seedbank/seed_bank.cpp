@@ -55,14 +55,19 @@ void SeedBank::allocate(std::size_t seeds) {
   alphas_.resize(seeds);
   progress_.resize(seeds);
   scalars_.resize(3 * seeds);
+  plans_.resize(kPlanWidth * seeds);
   for (std::size_t i = 0; i < seeds; ++i) forget(i);
 }
 
-std::size_t SeedBank::index(std::int64_t slot, std::int64_t seed) const {
+std::size_t SeedBank::checked_slot(std::int64_t slot) const {
   if (slot < 0 || slot >= num_slots()) {
     refuse("slot is ", slot, " but must be in [0, ", num_slots(), ")");
   }
-  const auto s = static_cast<std::size_t>(slot);
+  return static_cast<std::size_t>(slot);
+}
+
+std::size_t SeedBank::index(std::int64_t slot, std::int64_t seed) const {
+  const auto s = checked_slot(slot);
   const auto count = first_[s + 1] - first_[s];
   if (seed < 0 || seed >= count) {
     refuse("seed is ", seed, " but slot ", slot, " has seeds in [0, ", count, ")");
@@ -79,6 +84,7 @@ void SeedBank::forget(std::size_t i) {
   end_[i] = 1.0;
   tolerance_[i] = 1.0;
   drift_cosine_[i] = drift_norm_[i] = 0.0;
+  std::fill_n(&plans_[kPlanWidth * i], kPlanWidth, 0);
   refresh(i);
 }
 
@@ -211,6 +217,39 @@ void SeedBank::set_embargo(std::size_t i, std::int64_t steps) {
     refuse("a seed that is ", name_of(at), " cannot be put under embargo: only an emptied one can");
   }
   embargo_[i] = steps;
+}
+
+void SeedBank::set_plan(std::size_t i, const std::vector<std::int64_t>& record) {
+  auto* own = &plans_[kPlanWidth * i];
+  if (record.empty()) {
+    std::fill_n(own, kPlanWidth, 0);
+    return;
+  }
+  if (record.size() != kPlanWidth) {
+    refuse("record has ", record.size(), " fields but must have ", kPlanWidth);
+  }
+  if (record[kPlanWidthOfChunk] < 1) {
+    refuse("record names a chunk of width ", record[kPlanWidthOfChunk], " but must name at least 1");
+  }
+  std::copy(record.begin(), record.end(), own);
+  own[kPlanRow] = static_cast<std::int64_t>(i);
+  own[kPlanFirstParam] = 0;
+}
+
+std::vector<std::int64_t> SeedBank::plan(std::int64_t slot) const {
+  const auto s = checked_slot(slot);
+  const auto begin = static_cast<std::size_t>(first_[s]), end = static_cast<std::size_t>(first_[s + 1]);
+  std::vector<std::int64_t> records;
+  records.reserve(kPlanWidth * (end - begin));
+  std::int64_t next_param = 0;
+  for (std::size_t i = begin; i < end; ++i) {
+    const auto* own = &plans_[kPlanWidth * i];
+    if (!computes(state(i)) || own[kPlanWidthOfChunk] == 0) continue;
+    records.insert(records.end(), own, own + kPlanWidth);
+    (records.end() - kPlanWidth)[kPlanFirstParam] = next_param;
+    next_param += num_params(own);
+  }
+  return records;
 }
 
 std::vector<std::int64_t> SeedBank::tick() {

@@ -1,5 +1,6 @@
-// All seeds of a model: lifecycle state, alpha schedule, and the three scalars that the kernels read.
-// Structure of arrays, so that a tick over many seeds is one pass and views cost nothing.
+// All seeds of a model: lifecycle state, alpha schedule, the three scalars that the kernels read, and the
+// plan that tells them what each seed computes. Structure of arrays, so that a tick over many seeds is one
+// pass and views cost nothing.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "ops/plan.h"
 #include "seedbank/lifecycle.h"
 #include "seedbank/schedule.h"
 
@@ -42,6 +44,15 @@ class SeedBank {
   // Keeps an emptied seed from becoming DORMANT for so many steps more.
   void set_embargo(std::size_t i, std::int64_t steps);
 
+  // Says what the native kernel of a seed computes: its record of the plan, whose row and first_param the
+  // bank fills in. It is forgotten when the seed becomes DORMANT, and follows from the seed's kernel, so it
+  // is not part of the bytes. An empty one says that no native kernel computes it. Throws
+  // std::invalid_argument for another number of fields or an empty chunk.
+  void set_plan(std::size_t i, const std::vector<std::int64_t>& record);
+  // The records of the seeds of a slot that compute now and have one, one after the other. Throws
+  // std::invalid_argument for a slot that does not exist.
+  std::vector<std::int64_t> plan(std::int64_t slot) const;
+
   // Advances every running schedule and embargo by one step; returns the flat indices of the seeds
   // whose schedule came to its end in this step.
   std::vector<std::int64_t> tick();
@@ -55,10 +66,13 @@ class SeedBank {
   const std::uint8_t* states() const { return states_.data(); }
   const float* alphas() const { return alphas_.data(); }
   const float* progress() const { return progress_.data(); }
+  const std::int64_t* embargoes() const { return embargo_.data(); }
+  const std::int64_t* plans() const { return plans_.data(); }  // [num_seeds, kPlanWidth]; zeros: none
 
  private:
   SeedBank() = default;
   void allocate(std::size_t seeds);
+  std::size_t checked_slot(std::int64_t slot) const;
   void forget(std::size_t i);          // what a seed that left its place leaves behind: nothing
   void start_schedule(std::size_t i);  // from its beginning
   void refresh(std::size_t i);         // alpha and scalars from state, schedule and flags
@@ -83,6 +97,7 @@ class SeedBank {
   std::vector<float> alphas_;
   std::vector<float> progress_;
   std::vector<float> scalars_;
+  std::vector<std::int64_t> plans_;
 };
 
 }  // namespace esper

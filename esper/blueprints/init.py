@@ -64,19 +64,19 @@ def draw(spec: kernel_pb2.ParameterSpec, generator: torch.Generator) -> Tensor:
 
     The Kaiming bound is gain * sqrt(3 / fan_in), after He et al., arXiv 1502.01852.
     """
-    gain = spec.gain or 1.0
-    tensor = torch.empty(tuple(spec.shape), device=generator.device)
+    shape, device = tuple(spec.shape), generator.device
     match spec.init:
+        case kernel_pb2.INIT_KIND_ZEROS:
+            return torch.zeros(shape, device=device)
         case kernel_pb2.INIT_KIND_ONES:
-            return tensor.fill_(1.0)
-        case kernel_pb2.INIT_KIND_KAIMING_UNIFORM:
-            bound = gain * math.sqrt(3.0 / spec.fan_in)
-            return tensor.uniform_(-bound, bound, generator=generator)
-        case kernel_pb2.INIT_KIND_NORMAL:
-            return tensor.normal_(0.0, gain, generator=generator)
-        case _:
-            assert spec.init == kernel_pb2.INIT_KIND_ZEROS
-            return tensor.zero_()
+            return torch.ones(shape, device=device)
+    gain = spec.gain or 1.0
+    tensor = torch.empty(shape, device=device)
+    if spec.init == kernel_pb2.INIT_KIND_NORMAL:
+        return tensor.normal_(0.0, gain, generator=generator)
+    assert spec.init == kernel_pb2.INIT_KIND_KAIMING_UNIFORM
+    bound = gain * math.sqrt(3.0 / spec.fan_in)
+    return tensor.uniform_(-bound, bound, generator=generator)
 
 
 def weights_to_bytes(weights: Mapping[str, Tensor]) -> bytes:

@@ -2,31 +2,12 @@
 
 from collections import Counter
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from esper.blueprints import kernel_digest
 from esper.common.v1 import kernel_pb2
-
-
-@dataclass(frozen=True, slots=True)
-class CachedKernel:
-    """A checked kernel.
-
-    Attributes:
-        kernel: The kernel.
-        weights: Its tensors by parameter name; None where its parameters are born by their init.
-    """
-
-    kernel: kernel_pb2.Kernel
-    weights: Mapping[str, Tensor] | None
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that the entry is charged with, in bytes."""
-        tensors = () if self.weights is None else self.weights.values()
-        return self.kernel.ByteSize() + sum(t.numel() * t.element_size() for t in tensors)
+from esper.kasmina.prepared import PreparedKernel
+from esper.kasmina.prepared import encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +45,19 @@ class KernelCache:
         if capacity_bytes < 0:
             raise ValueError(f"capacity_bytes is {capacity_bytes}, but it must be at least 0")
         self._capacity_bytes = capacity_bytes
-        self._entries: OrderedDict[str, CachedKernel] = OrderedDict()  # oldest use first
+        self._entries: OrderedDict[str, PreparedKernel] = OrderedDict()  # oldest use first
+        self._digests: dict[bytes, str] = {}  # of the kernels held, by their bytes
         self._uses: Counter[str] = Counter()
         self._num_bytes = 0
         self._hits = 0
         self._misses = 0
         self._evictions = 0
 
-    def get(self, digest: str) -> CachedKernel | None:
+    def digest(self, kernel: kernel_pb2.Kernel) -> str:
+        """Returns a kernel's digest, which is not computed again while the kernel is held."""
+        return self._digests.get(encode(kernel)) or kernel_digest(kernel)
+
+    def get(self, digest: str) -> PreparedKernel | None:
         """Returns a kernel and marks it as just used; None where it is not held."""
         entry = self._entries.get(digest)
         if entry is None:
@@ -81,24 +67,29 @@ class KernelCache:
         self._entries.move_to_end(digest)
         return entry
 
-    def put(self, digest: str, entry: CachedKernel, *, in_use: bool = False) -> None:
+    def put(self, entry: PreparedKernel, *, in_use: bool = False) -> None:
         """Adds a kernel, dropping others as needed.
 
         Args:
-            digest: Digest of the kernel.
-            entry: The kernel.
+            entry: The kernel; takes the place of one of the same digest.
             in_use: Whether one more seed uses it from now on, so that it is not dropped itself.
         """
-        old = self._entries.pop(digest, None)
-        self._num_bytes += entry.num_bytes - (0 if old is None else old.num_bytes)
+        digest = entry.digest
+        if digest in self._entries:
+            self._drop(digest)
         self._entries[digest] = entry
-        self._uses[digest] += in_use
+        self._digests[entry.encoded] = digest
+        self._num_bytes += entry.num_bytes
+        if in_use:
+            self._uses[digest] += 1
         self._shrink()
 
     def release(self, digest: str) -> None:
         """Ends one use of a kernel."""
         assert self._uses[digest] > 0, "a kernel is released once for each use"
         self._uses[digest] -= 1
+        if not self._uses[digest]:
+            del self._uses[digest]
         self._shrink()
 
     def stats(self) -> CacheStats:
@@ -113,9 +104,15 @@ class KernelCache:
         )
 
     def _shrink(self) -> None:
-        idle = [digest for digest in self._entries if self._uses[digest] == 0]
-        for digest in idle:
+        if self._num_bytes <= self._capacity_bytes:
+            return
+        for digest in [digest for digest in self._entries if self._uses[digest] == 0]:
+            self._drop(digest)
+            self._evictions += 1
             if self._num_bytes <= self._capacity_bytes:
                 return
-            self._num_bytes -= self._entries.pop(digest).num_bytes
-            self._evictions += 1
+
+    def _drop(self, digest: str) -> None:
+        entry = self._entries.pop(digest)
+        del self._digests[entry.encoded]
+        self._num_bytes -= entry.num_bytes

@@ -1,9 +1,9 @@
 """Kernels that live in a seed: the checks before one is planted, and its parameters."""
 
 import hashlib
+from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,22 +11,12 @@ from torch import nn
 
 from esper.blueprints import BlueprintError
 from esper.blueprints import ReferenceModule
-from esper.blueprints import init_parameters
-from esper.blueprints import reference_module
 from esper.blueprints.init import check_weights
+from esper.blueprints.init import draw
 from esper.blueprints.kernels import CHANNEL_KINDS
 from esper.blueprints.kernels import source_axes
-from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
-from esper.kasmina.ops import SeedPlan
-
-_ACTIVATIONS = {
-    kernel_pb2.ACTIVATION_IDENTITY: "identity",
-    kernel_pb2.ACTIVATION_RELU: "relu",
-    kernel_pb2.ACTIVATION_GELU: "gelu",
-    kernel_pb2.ACTIVATION_SILU: "silu",
-    kernel_pb2.ACTIVATION_TANH: "tanh",
-}
+from esper.kasmina.prepared import PreparedKernel
 
 
 def check_fit(kernel: kernel_pb2.Kernel, wanted: kernel_pb2.KernelSignature) -> None:
@@ -66,13 +56,9 @@ def check_target(
         BlueprintError: If it was not; names field, value and rule.
     """
     given = kernel.signature
+    _check_equal("dtype", given.dtype, wanted.dtype, kernel_pb2.DataType.Name)
     _check_equal(
-        "dtype", kernel_pb2.DataType.Name(given.dtype), kernel_pb2.DataType.Name(wanted.dtype)
-    )
-    _check_equal(
-        "device_class",
-        kernel_pb2.DeviceClass.Name(given.device_class),
-        kernel_pb2.DeviceClass.Name(wanted.device_class),
+        "device_class", given.device_class, wanted.device_class, kernel_pb2.DeviceClass.Name
     )
     num_axes = source_axes(kernel)
     if num_axes is not None and num_axes != output_axes:
@@ -84,9 +70,13 @@ def check_target(
         )
 
 
-def _check_equal(field: str, given: int | str, wanted: int | str) -> None:
+def _check_equal(
+    field: str, given: int, wanted: int, name: Callable[[int], int | str] = int
+) -> None:
     if given != wanted:
-        raise BlueprintError(f"signature.{field}", given, f"must be the seed's {wanted}")
+        raise BlueprintError(
+            f"signature.{field}", name(given), f"must be the seed's {name(wanted)}"
+        )
 
 
 def check_parameters(kernel: kernel_pb2.Kernel, weights: Mapping[str, Tensor] | None) -> None:
@@ -128,44 +118,60 @@ class Graft(nn.Module):
     """A kernel live in a seed; its parameters are registered under the kernel's own names.
 
     Args:
-        kernel: A kernel that fits the place.
-        digest: Its digest.
+        prepared: A kernel that fits the place.
         weights: Its tensors; None draws them from a generator of the place's own, so that the same
             kernel in the same place is born equal and no other random state moves.
         place: Where it goes.
+
+    Attributes:
+        prepared: The kernel with all that was made ready for it.
+        draw_seed: What its random draws count from.
+        network: What interprets its graph; None for a native family and a noop.
     """
 
     def __init__(
-        self,
-        kernel: kernel_pb2.Kernel,
-        digest: str,
-        weights: Mapping[str, Tensor] | None,
-        place: Place,
+        self, prepared: PreparedKernel, weights: Mapping[str, Tensor] | None, place: Place
     ) -> None:
         super().__init__()
-        self.kernel = kernel
-        self.digest = digest
-        self.draw_seed = _draw_seed(digest, place)
+        kernel = prepared.kernel
+        self.prepared = prepared
+        self.draw_seed = _draw_seed(prepared.digest, place)
+        self.network: ReferenceModule | None = None
+        names = prepared.parameter_names
         if weights is None:
             generator = torch.Generator().manual_seed(self.draw_seed)
-            weights = init_parameters(kernel, generator)
-        tensors = {name: w.detach().to(place.device, place.dtype) for name, w in weights.items()}
-        self.network: ReferenceModule | None = None
-        if kernel.HasField("graph"):
-            self.network = reference_module(kernel, tensors)
+            born = [draw(spec, generator) for spec in kernel.parameters]
+            tensors = [tensor.to(place.device, place.dtype) for tensor in born]
         else:
-            for spec in kernel.parameters:
-                self.register_parameter(spec.name, nn.Parameter(tensors[spec.name].clone()))
+            given = [weights[name].detach() for name in names]
+            tensors = [tensor.to(place.device, place.dtype, copy=True) for tensor in given]
+        if kernel.HasField("graph"):
+            self.network = ReferenceModule(
+                prepared.computation, dict(zip(names, tensors, strict=True))
+            )
+            return
+        for name, tensor in zip(names, tensors, strict=True):
+            self.register_parameter(name, nn.Parameter(tensor))
 
     @property
-    def is_noop(self) -> bool:
-        """Whether the kernel adds nothing, so that nothing has to run for it."""
-        return self.kernel.HasField("noop")
+    def kernel(self) -> kernel_pb2.Kernel:
+        """The kernel."""
+        return self.prepared.kernel
+
+    @property
+    def digest(self) -> str:
+        """Its digest."""
+        return self.prepared.digest
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether the kernel reads the slot's input instead of its own chunk of the output."""
+        return self.prepared.reads_input
 
     def ordered_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters in the order of the kernel."""
         owner = self if self.network is None else self.network
-        return [owner.get_parameter(spec.name) for spec in self.kernel.parameters]
+        return [owner.get_parameter(name) for name in self.prepared.parameter_names]
 
     def take_weights(self, other: "Graft") -> None:
         """Copies the weights of a graft of the same kernel into this one's parameters."""
@@ -174,62 +180,6 @@ class Graft(nn.Module):
                 self.ordered_parameters(), other.ordered_parameters(), strict=True
             ):
                 mine.copy_(theirs)
-
-    def plan(self, row: int, begin: int, end: int, first_param: int) -> SeedPlan:
-        """Returns the native plan of the graft, for kernels of a native family.
-
-        Args:
-            row: Row of the seed in the bank's scalars.
-            begin: First feature of its chunk.
-            end: One past its last feature.
-            first_param: Index of its first tensor in the call's parameters.
-        """
-        plan = partial(
-            SeedPlan,
-            row=row,
-            offset=begin,
-            width=end - begin,
-            source="input" if self.reads_input else "output",
-            first_param=first_param,
-        )
-        kernel = self.kernel
-        match kernel.WhichOneof("lowering"):
-            case "affine":
-                return plan(family="affine", output_bias=kernel.affine.bias)
-            case "squeeze_excite":
-                return plan(
-                    family="squeeze_excite",
-                    activation=_ACTIVATIONS[kernel.squeeze_excite.activation],
-                    rank=kernel.squeeze_excite.rank,
-                    hidden_bias=kernel.squeeze_excite.bias_in,
-                    output_bias=kernel.squeeze_excite.bias_out,
-                )
-            case "depthwise":
-                return plan(
-                    family="depthwise",
-                    activation=_ACTIVATIONS[kernel.depthwise.activation],
-                    rank=kernel.signature.source_width,
-                    hidden_bias=kernel.depthwise.bias_in,
-                    output_bias=kernel.depthwise.bias_out,
-                    window=kernel.depthwise.window,
-                )
-            case lowering:
-                assert lowering == "bottleneck", lowering
-                return plan(
-                    family="bottleneck",
-                    activation=_ACTIVATIONS[kernel.bottleneck.activation],
-                    rank=kernel.bottleneck.rank,
-                    gated=kernel.bottleneck.gated,
-                    hidden_bias=kernel.bottleneck.bias_in,
-                    gate_bias=kernel.bottleneck.bias_gate,
-                    output_bias=kernel.bottleneck.bias_out,
-                )
-
-    @property
-    def reads_input(self) -> bool:
-        """Whether the kernel reads the slot's input instead of its own chunk of the output."""
-        source: blueprint_pb2.SeedSource = self.kernel.signature.source
-        return source == blueprint_pb2.SEED_SOURCE_INPUT
 
 
 def _draw_seed(digest: str, place: Place) -> int:

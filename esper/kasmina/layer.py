@@ -1,7 +1,9 @@
 """A slot: the forward hook on one module of the host that runs the slot's seeds."""
 
+from array import array
 from collections.abc import Mapping
-from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
 from functools import partial
 
 import torch
@@ -9,12 +11,14 @@ from torch import Tensor
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from esper import _C
 from esper.blueprints import ReferenceModule
 from esper.common.v1 import kernel_pb2
 from esper.kasmina.grafts import Graft
 from esper.kasmina.growth import GrowthProbe
 from esper.kasmina.inlets import Inlet
 from esper.kasmina.lifecycle import SeedLifecycleState
+from esper.kasmina.ops import PLAN_WIDTH
 from esper.kasmina.ops import slot_forward
 from esper.kasmina.outputs import features_last
 from esper.kasmina.outputs import find_tensor
@@ -30,8 +34,29 @@ from esper.kasmina.sites import SlotState
 from esper.kasmina.sites import block_channel_axis
 from esper.kasmina.sites import chunk_bounds
 from esper.kasmina.sites import is_linear
-from esper.kasmina.sites import parameter_dtype
 from esper.kasmina.telemetry import SlotTelemetry
+
+_ROW = _C.PLAN_FIELDS.index("row")
+_SOURCE = _C.PLAN_FIELDS.index("source")  # 0: the output
+
+
+@dataclass(slots=True)
+class _Work:
+    """What the seeds of a slot compute; made anew on lifecycle events only.
+
+    Attributes:
+        plan: Plan of the seeds that the operator computes.
+        native: Those seeds.
+        graphs: Seeds that the interpreter computes.
+        grafts: What the native seeds hold.
+        reads_input: Whether a seed reads the slot's input.
+    """
+
+    plan: list[int] = field(default_factory=list)
+    native: list[int] = field(default_factory=list)
+    graphs: list[int] = field(default_factory=list)
+    grafts: list[Graft] = field(default_factory=list)
+    reads_input: bool = False
 
 
 class KasminaLayer(nn.Module):
@@ -80,6 +105,8 @@ class KasminaLayer(nn.Module):
         self.tokens_per_sample: float | None = None
         self.bounds: tuple[tuple[int, int], ...] = ()
         self.grafts = nn.ModuleDict()
+        self._planted: dict[int, Graft] = {}  # the same, found faster
+        self._interpreted: list[int] = []  # seeds whose kernel is a graph
         self.telemetry: SlotTelemetry | None = None
         self.calls = 0
         self.missed_steps = 0
@@ -89,12 +116,8 @@ class KasminaLayer(nn.Module):
         self._scalars = torch.zeros(0, 3)
         self._seen_dtype: torch.dtype | None = None
         self._seen_device: torch.device | None = None
-        self._states = (SeedLifecycleState.DORMANT,) * num_seeds
-        self._native: tuple[int, ...] = ()
-        self._plan: list[int] = []
-        self._param_slots: list[tuple[Graft, str]] = []
-        self._graphs: tuple[int, ...] = ()
-        self._reads_input = False
+        self._states = [SeedLifecycleState.DORMANT] * num_seeds
+        self._work = _Work()
         self._handle: RemovableHandle | None = None
         self._sampled_step: SampledStep | None = None
         self._num_rows = 0  # of the forward that runs
@@ -111,12 +134,13 @@ class KasminaLayer(nn.Module):
     @property
     def computes(self) -> bool:
         """Whether a seed here has work in every forward."""
-        return bool(self._native or self._graphs)
+        return bool(self._work.native or self._work.graphs)
 
     @property
     def structure(self) -> str:
         """Which seeds compute here, and what; equal while only their scalars change."""
-        return f"{self._plan} {self._graphs}"
+        plan = array("q", self._work.plan).tobytes().decode("latin-1")  # as text much slower
+        return f"{self.name}: {plan} {self._work.graphs}"
 
     @property
     def hooked(self) -> bool:
@@ -126,23 +150,26 @@ class KasminaLayer(nn.Module):
     @property
     def dtype(self) -> torch.dtype | None:
         """Element type of the slot's parameters, else of the output seen last; None if unknown."""
-        return parameter_dtype(self.module) or self._seen_dtype
+        return self.placement[0]
 
     @property
     def device(self) -> torch.device | None:
         """Where the slot computes; None if unknown."""
+        return self.placement[1]
+
+    @property
+    def placement(self) -> tuple[torch.dtype | None, torch.device | None]:
+        """``dtype`` and ``device``, looked up once."""
+        device = None
         for parameter in self.module.parameters():
-            return parameter.device
-        return self._seen_device
+            device = parameter.device if device is None else device
+            if parameter.is_floating_point():
+                return parameter.dtype, device
+        return self._seen_dtype, self._seen_device if device is None else device
 
     def graft(self, seed: int) -> Graft | None:
         """Returns what is planted in a seed."""
-        key = str(seed)
-        if key not in self.grafts:
-            return None
-        graft = self.grafts[key]
-        assert isinstance(graft, Graft)
-        return graft
+        return self._planted.get(seed)
 
     def extra_repr(self) -> str:
         """Says where the slot sits."""
@@ -205,45 +232,41 @@ class KasminaLayer(nn.Module):
 
     def plant(self, seed: int, graft: Graft) -> None:
         """Puts a graft into an empty seed."""
+        self._planted[seed] = graft
+        if graft.network is not None:
+            self._interpreted = sorted([*self._interpreted, seed])
         self.grafts[str(seed)] = graft
         # Parameters come in the order of the seeds, however old each is: whoever sums over them
         # (to clip gradients, say) gets the same sum after a restart.
-        for key in sorted(self.grafts, key=int):
-            self.grafts[key] = self.grafts.pop(key)
+        for later in sorted(number for number in self._planted if number > seed):
+            self.grafts[str(later)] = self.grafts.pop(str(later))
 
     def remove(self, seed: int) -> None:
         """Drops what is planted in a seed."""
-        del self.grafts[str(seed)]
+        del self.grafts[str(seed)], self._planted[seed]
+        if seed in self._interpreted:
+            self._interpreted.remove(seed)
         if self.telemetry is not None:
             self.telemetry.forget(seed)
 
-    def rebuild(self, states: Sequence[SeedLifecycleState]) -> None:
-        """Makes the computing plan anew; called on lifecycle events only.
+    def note(self, seed: int, state: SeedLifecycleState) -> None:
+        """Takes in a seed's new state; ``switch`` follows where other seeds compute in it."""
+        self._states[seed] = state
+
+    def switch(self, plan: list[int]) -> None:
+        """Lets the slot compute another plan from the next forward on.
 
         Args:
-            states: State of each seed.
+            plan: The plan of the seeds that compute now, as the bank gives it.
         """
-        self._states = tuple(states)
-        native: list[int] = []
-        graphs: list[int] = []
-        self._plan = []
-        self._param_slots = []
-        self._reads_input = False
-        for seed, state in enumerate(self._states):
-            graft = self.graft(seed)
-            if graft is None or graft.is_noop or not state.computes:
-                continue
-            self._reads_input |= graft.reads_input
-            if graft.network is not None:
-                graphs.append(seed)
-                continue
-            native.append(seed)
-            row = self._first_row + seed
-            self._plan += graft.plan(row, *self.bounds[seed], len(self._param_slots)).pack()
-            # Looked up in each call: functional_call and sharding replace the tensors, and
-            # torch.export the dictionary that holds them.
-            self._param_slots += [(graft, spec.name) for spec in graft.kernel.parameters]
-        self._native, self._graphs = tuple(native), tuple(graphs)
+        work, planted, first_row = self._work, self._planted, self._first_row
+        work.plan = plan
+        work.native = [row - first_row for row in plan[_ROW::PLAN_WIDTH]]
+        work.grafts = [planted[seed] for seed in work.native]
+        work.graphs = [seed for seed in self._interpreted if self._states[seed].computes]
+        work.reads_input = any(plan[_SOURCE::PLAN_WIDTH]) or any(
+            planted[seed].reads_input for seed in work.graphs
+        )
         self._update_hook()
 
     def begin_observation(self, sampled_step: SampledStep | None) -> None:
@@ -331,7 +354,7 @@ class KasminaLayer(nn.Module):
         if not traced:
             self._num_rows += h.numel() // h.shape[-1]
         if x is not None:
-            x = self._aligned_input(x, host, h) if self._reads_input or sampled else None
+            x = self._aligned_input(x, host, h) if self._work.reads_input or sampled else None
         y, stats = self._blend(h, x, sampled)
         result = host if y is h else restore_layout(y, host, self.channel_axis)
         if sampled:
@@ -370,27 +393,30 @@ class KasminaLayer(nn.Module):
             measure: Whether to measure.
         """
         y, stats = h, None
-        if (self._native or self._graphs) and self._reads_input and x is None:
+        if self.computes and self._work.reads_input and x is None:
             raise ValueError(
                 f"slot {self.name!r}: a seed reads the input of {self.inlet.name or self.name!r}, "
                 "but this call has no floating-point input there with the tokens of the output"
             )
-        if self._native:
+        if self._work.native:
             params: list[Tensor] = []
-            for owner, name in self._param_slots:
-                tensor = owner._parameters[name]
-                assert tensor is not None
-                fits = tensor.dtype is torch.float32 or tensor.dtype is h.dtype
-                params.append(tensor if fits else tensor.to(h.dtype))
-            source = x if self._reads_input else None
-            y, stats = slot_forward(h, source, params, self._scalars, self._plan, measure)
-        for seed in self._graphs:
+            for graft in self._work.grafts:
+                # Looked up in each call: functional_call and sharding replace the tensors, and
+                # torch.export the dictionary that holds them.
+                for name in graft.prepared.parameter_names:
+                    tensor = graft._parameters[name]
+                    assert tensor is not None
+                    fits = tensor.dtype is torch.float32 or tensor.dtype is h.dtype
+                    params.append(tensor if fits else tensor.to(h.dtype))
+            source = x if self._work.reads_input else None
+            y, stats = slot_forward(h, source, params, self._scalars, self._work.plan, measure)
+        for seed in self._work.graphs:
             y = self._run_graph(seed, y, h, x, measure)
         return y, stats
 
     def _networks(self) -> list[ReferenceModule]:
         """The seeds that compute in the interpreter."""
-        grafts = [self.graft(seed) for seed in self._graphs]
+        grafts = [self.graft(seed) for seed in self._work.graphs]
         return [
             graft.network for graft in grafts if graft is not None and graft.network is not None
         ]
@@ -434,14 +460,14 @@ class KasminaLayer(nn.Module):
         telemetry, step = self.telemetry, self._sampled_step
         assert telemetry is not None and step is not None
         if stats is not None:
-            telemetry.add_stats(self._native, stats)
+            telemetry.add_stats(self._work.native, stats)
         for seed, state in enumerate(self._states):
             graft = self.graft(seed)
             if graft is not None and state.computes:
                 telemetry.mark_computed(seed)
                 if self._scalars[self._first_row + seed, 1] != 0:
                     telemetry.watch_weights(seed, graft.parameters())
-        idle = tuple(seed for seed in range(self.num_seeds) if seed not in self._native)
+        idle = tuple(seed for seed in range(self.num_seeds) if seed not in self._work.native)
         self._prepare_probe(telemetry, h.device, wanted=result.requires_grad)
         readable = x if self.source_width is not None else None
         observation = telemetry.observe(step, h, readable, idle)

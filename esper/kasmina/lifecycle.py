@@ -29,6 +29,10 @@ from esper.common.v1 import lifecycle_pb2
 _ID: Final = {name: number for number, name in _C.LIFECYCLE}
 
 
+_FIRST_COMPUTING: Final = _ID["TRAINING"]
+_LAST_COMPUTING: Final = _ID["FOSSILIZED"]
+
+
 class SeedLifecycleState(IntEnum):
     """Where a seed stands in its life; the value is the native id."""
 
@@ -47,7 +51,7 @@ class SeedLifecycleState(IntEnum):
     @property
     def computes(self) -> bool:
         """Whether the seed's function is evaluated in this state."""
-        return SeedLifecycleState.TRAINING <= self <= SeedLifecycleState.FOSSILIZED
+        return _FIRST_COMPUTING <= self._value_ <= _LAST_COMPUTING
 
     @property
     def holds_graft(self) -> bool:
@@ -61,6 +65,8 @@ class SeedLifecycleState(IntEnum):
         Raises:
             ValueError: If there is no such state.
         """
+        if isinstance(state, cls):
+            return state
         if isinstance(state, str):
             if state in cls.__members__:
                 return cls[state]

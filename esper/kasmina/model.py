@@ -25,7 +25,6 @@ from esper.blueprints.init import torch_dtype
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
 from esper.common.v1 import lifecycle_pb2
-from esper.kasmina.cache import CachedKernel
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.comparison import Original
 from esper.kasmina.folding import fold
@@ -36,6 +35,7 @@ from esper.kasmina.grafts import check_target
 from esper.kasmina.lifecycle import SeedLifecycleState
 from esper.kasmina.places import place_of
 from esper.kasmina.places import signature_of
+from esper.kasmina.prepared import PreparedKernel
 from esper.kasmina.sites import Site
 from esper.kasmina.sites import SlotState
 from esper.kasmina.slotted import SlottedModel
@@ -188,29 +188,29 @@ class MorphableModel(SlottedModel):
             ValueError: If the seed is not DORMANT, or kernel or weights do not fit; the message
                 names field, value and rule, and nothing has changed.
         """
+        position, _ = self._at(slot, seed)
         state = self.seed_state(slot, seed)
         if state != SeedLifecycleState.DORMANT:
             raise ValueError(
                 f"slot {slot!r}, seed {seed} is {state.name}, but a kernel can be loaded into a "
                 "DORMANT seed only"
             )
-        layer = self.slots[slot]
+        layer = self._layers[position]
         signature = self.signature(slot, seed, kernel.signature.source)
-        digest = kernel_digest(kernel)
-        entry = self.kernel_cache.get(digest)
-        if entry is None:
-            check_kernel(kernel)
-            own = kernel_pb2.Kernel()
-            own.CopyFrom(kernel)
-            entry = CachedKernel(own, weights if _are_the_kernels(weights, kernel) else None)
+        digest = self.kernel_cache.digest(kernel)
+        prepared = self.kernel_cache.get(digest)
+        if prepared is None:
+            own = weights if _are_the_kernels(weights, kernel) else None
+            prepared = PreparedKernel.of(kernel, digest, own)
         check_fit(kernel, signature)
         check_target(kernel, signature, layer.output_axes)
-        weights = entry.weights if weights is None else weights
-        check_parameters(kernel, weights)
-        graft = Graft(entry.kernel, digest, weights, place_of(layer, seed))
+        if weights is None:
+            weights = prepared.weights
+        if weights is not prepared.weights or weights is None:  # the kernel's own are checked once
+            check_parameters(kernel, weights)
+        graft = Graft(prepared, weights, place_of(layer, seed))
         graft.train(self.training)
-        self.kernel_cache.put(digest, entry, in_use=True)
-        layer.plant(seed, graft)
+        self._plant(position, seed, graft)
         self._move(slot, seed, SeedLifecycleState.GERMINATED, reason)
 
     def unload_kernel(self, slot: str, seed: int, reason: str = "") -> None:
@@ -306,16 +306,15 @@ class MorphableModel(SlottedModel):
             )
         layer = self.slots[slot]
         kernel = lower(get("noop"), self.signature(slot, seed, blueprint_pb2.SEED_SOURCE_OUTPUT))
-        empty = Graft(kernel, kernel_digest(kernel), {}, place_of(layer, seed))
+        empty = Graft(PreparedKernel.of(kernel), {}, place_of(layer, seed))
         try:
             fold(self.host, layer, seed, trains=not self._bank.frozen(*at))
         except ValueError as error:
             raise ValueError(f"slot {slot!r}, seed {seed} cannot be folded: {error}") from error
         layer.remove(seed)
-        layer.plant(seed, empty.train(self.training))
         self.kernel_cache.release(graft.digest)
-        self.kernel_cache.put(empty.digest, CachedKernel(kernel, None), in_use=True)
-        self._rebuild(slot)
+        self._plant(at[0], seed, empty.train(self.training))
+        self._switch(layer)
         reason = reason or f"folded into the weight of {slot}"
         self._tell(Transition(slot, seed, state, state, graft.digest, reason))
         return graft.ordered_parameters()
@@ -396,17 +395,19 @@ class MorphableModel(SlottedModel):
             assert held is not None
             if graft is not None and graft.digest == held.digest:
                 held.take_weights(graft)
+                self._set_plan(self._slot_index[slot], seed, held)
                 del planted[slot, seed]
             else:
                 self.slots[slot].remove(seed)
                 self.kernel_cache.release(held.digest)
         for (slot, seed), graft in planted.items():
-            entry = self.kernel_cache.get(graft.digest) or CachedKernel(graft.kernel, None)
-            self.kernel_cache.put(graft.digest, entry, in_use=True)
-            self.slots[slot].plant(seed, graft)
+            self._plant(self._slot_index[slot], seed, graft)
         self._emptied = {at: None for at in self._seeds if self.seed_state(*at) in _EMPTIED}
-        for slot in self.slots:
-            self._rebuild(slot)
+        for slot, seed in self._seeds:
+            self.slots[slot].note(seed, self.seed_state(slot, seed))
+        self.revision += 1
+        for layer in self._layers:
+            self._switch(layer)
 
     def _check_dormant(self) -> None:
         for slot, seed in self._seeds:
@@ -459,16 +460,29 @@ class MorphableModel(SlottedModel):
         # A broken seed is contained, and restored as broken as it was: nothing may be lost by it.
         finite = {name: torch.nan_to_num(tensor.to(dtype)) for name, tensor in weights.items()}
         check_parameters(kernel, finite)
-        own = kernel_pb2.Kernel()
-        own.CopyFrom(kernel)
-        graft = Graft(own, kernel_digest(own), weights, place_of(layer, seed))
+        prepared = self.kernel_cache.get(kernel_digest(kernel)) or PreparedKernel.of(kernel)
+        graft = Graft(prepared, weights, place_of(layer, seed))
         return graft.train(self.training)
 
+    def _plant(self, position: int, seed: int, graft: Graft) -> None:
+        """Puts a graft into an empty seed."""
+        self._layers[position].plant(seed, graft)
+        self.kernel_cache.put(graft.prepared, in_use=True)
+        self._set_plan(position, seed, graft)
+
+    def _set_plan(self, position: int, seed: int, graft: Graft) -> None:
+        """Tells the bank what the seed's native kernel computes."""
+        begin, _ = self._layers[position].bounds[seed]
+        self._bank.set_plan(position, seed, graft.prepared.record(begin) or [])
+
     def _move(self, slot: str, seed: int, after: SeedLifecycleState, reason: str) -> None:
-        before = self.seed_state(slot, seed)
-        with self._naming(slot, seed) as at:
-            self._bank.advance(*at, int(after))
-        layer = self.slots[slot]
+        at = self._at(slot, seed)
+        before = SeedLifecycleState(self._bank.state(*at))
+        try:
+            self._bank.advance(*at, after)
+        except ValueError as error:
+            raise ValueError(f"slot {slot!r}, seed {seed}: {error}") from error
+        layer = self._layers[at[0]]
         graft = layer.graft(seed)
         digest = "" if graft is None else graft.digest
         if after in _EMPTIED:
@@ -477,7 +491,10 @@ class MorphableModel(SlottedModel):
             self.kernel_cache.release(digest)
         elif after == SeedLifecycleState.DORMANT:
             del self._emptied[slot, seed]
-        self._rebuild(slot)
+        layer.note(seed, after)
+        self.revision += 1
+        if before.computes != after.computes:
+            self._switch(layer)
         self._tell(Transition(slot, seed, before, after, digest, reason))
 
     def _tell(self, transition: Transition) -> None:

@@ -26,9 +26,10 @@ def place_of(layer: KasminaLayer, seed: int) -> Place:
     Raises:
         ValueError: If the slot's element type or device is not known yet.
     """
-    if layer.dtype is None or layer.device is None:
+    dtype, device = layer.placement
+    if dtype is None or device is None:
         raise ValueError(f"slot {layer.name!r} has not been seen; {_RUN_FIRST}")
-    return Place(layer.name, seed, layer.dtype, layer.device)
+    return Place(layer.name, seed, dtype, device)
 
 
 def signature_of(
@@ -58,7 +59,7 @@ def signature_of(
         source_width = layer.source_width
     else:
         raise ValueError(f"source is {source}, but it must be OUTPUT or INPUT")
-    dtype, device = layer.dtype, layer.device
+    dtype, device = layer.placement
     if dtype not in _DTYPES:
         known = ", ".join(str(known) for known in _DTYPES)
         raise ValueError(f"slot {layer.name!r} is of type {dtype}, but it must be {known}")

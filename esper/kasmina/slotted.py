@@ -93,12 +93,13 @@ class SlottedModel(nn.Module):
         self.slots = SlotTable(layers)
         self.revision = 0
         self._original = original
-        self._slot_index = {name: position for position, name in enumerate(self.slots)}
+        self._layers = tuple(layers)  # by position; `slots` finds them by name
+        self._slot_index = {layer.name: position for position, layer in enumerate(layers)}
         self._seeds = [
             (layer.name, seed) for layer in self.slots.values() for seed in range(layer.num_seeds)
         ]
         self._structure = ""  # which seeds compute, and what
-        self._active: dict[str, None] = {}  # slots with seeds that compute, in order of arrival
+        self._active: dict[str, str] = {}  # structure of the slots with seeds that compute
         self._sampler = Sampler(host, self.slots, telemetry_enabled)
         self.training = host.training
         for module in self.slots.modules():
@@ -371,29 +372,28 @@ class SlottedModel(nn.Module):
 
     # ---------------------------------------------------------------- helpers
 
-    def _rebuild(self, slot: str) -> None:
-        self.revision += 1
-        layer = self.slots[slot]
-        layer.rebuild([self.seed_state(slot, seed) for seed in range(layer.num_seeds)])
+    def _switch(self, layer: KasminaLayer) -> None:
+        """Lets a slot compute what the bank says from the next forward on."""
+        position = self._slot_index[layer.name]
+        layer.switch(self._bank.plan(position))
         if layer.computes:
-            self._active[slot] = None
+            self._active[layer.name] = layer.structure
         else:
-            self._active.pop(slot, None)
-        self._structure = "; ".join(
-            f"{name}: {self.slots[name].structure}" for name in self._active
-        )
+            self._active.pop(layer.name, None)
+        self._structure = "; ".join(self._active.values())
 
     def _graft(self, slot: str, seed: int) -> Graft | None:
-        self._at(slot, seed)
-        return self.slots[slot].graft(seed)
+        position, _ = self._at(slot, seed)
+        return self._layers[position].graft(seed)
 
     def _at(self, slot: str, seed: int) -> tuple[int, int]:
         """The bank's numbers of a seed, checked."""
-        if slot not in self._slot_index:
+        position = self._slot_index.get(slot)
+        if position is None:
             near = difflib.get_close_matches(slot, self._slot_index, n=3, cutoff=0.4)
             hint = f"; near names: {', '.join(near)}" if near else ""
             raise ValueError(f"slot is {slot!r}, but the model has no such slot{hint}")
-        num_seeds = self.slots[slot].num_seeds
+        num_seeds = self._layers[position].num_seeds
         if not isinstance(seed, int) or not 0 <= seed < num_seeds:
             raise ValueError(f"seed is {seed!r}, but slot {slot!r} has seeds 0 to {num_seeds - 1}")
-        return self._slot_index[slot], seed
+        return position, seed

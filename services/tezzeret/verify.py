@@ -22,6 +22,7 @@ from esper.common.v1 import kernel_pb2
 from esper.kasmina.grafts import Graft
 from esper.kasmina.grafts import Place
 from esper.kasmina.ops import slot_forward
+from esper.kasmina.prepared import PreparedKernel
 
 # Half types accumulate in float32, so only the rounding of operands and results counts there; the
 # others round in every step of sums over tokens and features.
@@ -217,18 +218,19 @@ class Verifier:
         self, weights: dict[str, Tensor], h: Tensor, x: Tensor | None, dy: Tensor
     ) -> _Outcome:
         place = Place("verification", 0, h.dtype, self.device)
-        graft = Graft(self.kernel, self.digest, weights, place)
+        prepared = PreparedKernel.of(self.kernel, self.digest)
+        graft = Graft(prepared, weights, place)
         graft.eval()
         parameters = graft.ordered_parameters()
         named = dict(zip(weights, parameters, strict=True))
         h = h.detach().to(self.device).requires_grad_(True)
         x = None if x is None else x.detach().to(self.device).requires_grad_(True)
+        plan = prepared.record(offset=0)
         if graft.network is not None:
             y = h + graft.network(h if x is None else x)
-        elif graft.is_noop:
+        elif plan is None:  # a noop
             y = h.clone()
         else:
-            plan = graft.plan(0, 0, self.signature.chunk_width, 0).pack()
             flat, _ = slot_forward(
                 self._features_last(h),
                 None if x is None else self._features_last(x),

@@ -7,28 +7,44 @@ from hypothesis.stateful import invariant
 from hypothesis.stateful import precondition
 from hypothesis.stateful import rule
 
+from esper.blueprints import get
+from esper.blueprints import kernel_digest
+from esper.blueprints import lower
+from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
-from esper.kasmina.cache import CachedKernel
 from esper.kasmina.cache import KernelCache
+from esper.kasmina.prepared import PreparedKernel
+
+SIGNATURE = kernel_pb2.KernelSignature(
+    slot_kind=kernel_pb2.SLOT_KIND_LINEAR,
+    chunk_width=4,
+    source_width=4,
+    source=blueprint_pb2.SEED_SOURCE_OUTPUT,
+    dtype=kernel_pb2.DATA_TYPE_FLOAT32,
+    device_class=kernel_pb2.DEVICE_CLASS_CPU,
+)
+KERNEL = lower(get("affine"), SIGNATURE)
 
 
-def entry(num_floats):
-    kernel = kernel_pb2.Kernel(blueprint_name="x")
-    return CachedKernel(kernel, {"A": torch.zeros(num_floats)})
+def entry(digest, num_floats):
+    kernel = kernel_pb2.Kernel()
+    kernel.CopyFrom(KERNEL)
+    kernel.blueprint_name = digest
+    return PreparedKernel.of(kernel, digest, {"A": torch.zeros(num_floats)})
 
 
 def test_an_entry_is_charged_for_kernel_and_weights():
-    assert entry(100).num_bytes == 400 + entry(0).kernel.ByteSize()
-    assert CachedKernel(entry(0).kernel, None).num_bytes == entry(0).kernel.ByteSize()
+    assert entry("a", 100).num_bytes == 400 + entry("a", 0).kernel.ByteSize()
+    assert PreparedKernel.of(KERNEL).num_bytes == KERNEL.ByteSize()
 
 
 def test_the_least_recently_used_kernel_goes_first():
-    size = entry(100).num_bytes
+    size = entry("a", 100).num_bytes
     cache = KernelCache(2 * size)
     for digest in "ab":
-        cache.put(digest, entry(100))
+        cache.put(entry(digest, 100))
     assert cache.get("a") is not None  # b is now the older one
-    cache.put("c", entry(100))
+    cache.put(entry("c", 100))
     assert cache.get("b") is None
     assert cache.get("a") is not None and cache.get("c") is not None
     stats = cache.stats()
@@ -37,13 +53,13 @@ def test_the_least_recently_used_kernel_goes_first():
 
 
 def test_kernels_in_use_stay_even_over_capacity():
-    cache = KernelCache(entry(100).num_bytes)
-    cache.put("a", entry(100), in_use=True)
-    cache.put("a", entry(100), in_use=True)
-    cache.put("b", entry(200))
+    cache = KernelCache(entry("a", 100).num_bytes)
+    cache.put(entry("a", 100), in_use=True)
+    cache.put(entry("a", 100), in_use=True)
+    cache.put(entry("b", 200))
     assert cache.get("a") is not None and cache.get("b") is None
     cache.release("a")
-    cache.put("b", entry(200))
+    cache.put(entry("b", 200))
     assert cache.get("a") is not None
     cache.release("a")  # within capacity by itself: it stays for the next time
     assert cache.stats().num_kernels == 1
@@ -51,9 +67,9 @@ def test_kernels_in_use_stay_even_over_capacity():
 
 def test_without_capacity_only_kernels_in_use_are_held():
     cache = KernelCache(0)
-    cache.put("a", entry(1))
+    cache.put(entry("a", 1))
     assert cache.stats().num_kernels == 0
-    cache.put("a", entry(1), in_use=True)
+    cache.put(entry("a", 1), in_use=True)
     assert cache.stats().num_kernels == 1
     cache.release("a")
     assert cache.stats().num_kernels == 0
@@ -61,12 +77,27 @@ def test_without_capacity_only_kernels_in_use_are_held():
         KernelCache(-1)
 
 
+def test_a_digest_is_that_of_the_kernel_whether_held_or_not():
+    cache = KernelCache(10**6)
+    other = lower(get("lora"), SIGNATURE)
+    cache.put(PreparedKernel.of(KERNEL))
+    for kernel in (KERNEL, other, KERNEL):
+        assert cache.digest(kernel) == kernel_digest(kernel)
+    renamed = kernel_pb2.Kernel()
+    renamed.CopyFrom(KERNEL)
+    renamed.blueprint_name = "for people only"
+    assert cache.digest(renamed) == cache.digest(KERNEL)
+    cache.put(PreparedKernel.of(renamed))  # takes the other's place
+    assert cache.stats().num_kernels == 1
+    assert cache.digest(KERNEL) == kernel_digest(KERNEL)
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Against a plain list in order of use."""
 
     def __init__(self):
         super().__init__()
-        self.capacity = 3 * entry(10).num_bytes
+        self.capacity = 3 * entry("a", 10).num_bytes
         self.cache = KernelCache(self.capacity)
         self.order = []  # oldest first
         self.sizes = {}
@@ -81,12 +112,12 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(digest=st.sampled_from("abcdef"), size=st.sampled_from([1, 10, 25]), in_use=st.booleans())
     def put(self, digest, size, in_use):
-        self.cache.put(digest, entry(size), in_use=in_use)
+        self.cache.put(entry(digest, size), in_use=in_use)
         self.uses[digest] = self.uses.get(digest, 0) + in_use
         if digest in self.order:
             self.order.remove(digest)
         self.order.append(digest)
-        self.sizes[digest] = entry(size).num_bytes
+        self.sizes[digest] = entry(digest, size).num_bytes
         self.shrink()
 
     @rule(digest=st.sampled_from("abcdef"))

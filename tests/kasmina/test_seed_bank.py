@@ -374,6 +374,69 @@ def test_damaged_bytes_are_refused(position, bit, cut):
             SeedBank.from_bytes(bad)
 
 
+def record(width=2, family=0, gated=0, biases=0):
+    values = dict.fromkeys(_C.PLAN_FIELDS, 0)
+    values |= {"width": width, "family": family, "gated": gated, "biases": biases, "rank": 3}
+    return list(values.values())
+
+
+RECORDS = st.builds(
+    record,
+    width=st.integers(1, 9),
+    family=st.integers(0, 3),
+    gated=st.integers(0, 1),
+    biases=st.integers(0, 7),
+)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_plan_is_that_of_the_seeds_that_compute(data):
+    seeds = (2, 4, 1)
+    bank = SeedBank(list(seeds))
+    expected = []
+    for slot, count in enumerate(seeds):
+        next_param = 0
+        for seed in range(count):
+            state = data.draw(st.sampled_from(sorted(PATHS)))
+            for step in PATHS[state]:
+                bank.advance(slot, seed, step)
+            fields = data.draw(st.none() | RECORDS)
+            if fields is not None:
+                bank.set_plan(slot, seed, fields)
+            if fields is None or not TRAINING <= state <= FOSSILIZED:
+                continue
+            named = dict(zip(_C.PLAN_FIELDS, fields, strict=True))
+            named |= {"row": bank.index(slot, seed), "first_param": next_param}
+            next_param += (1 if named["family"] == 1 else 2) + named["gated"]
+            next_param += bin(named["biases"]).count("1")
+            if slot == 1:
+                expected += named.values()
+    assert bank.plan(1) == expected
+    assert copy.deepcopy(bank).plan(1) == expected
+
+
+def test_a_plan_goes_with_its_seed():
+    bank = SeedBank([1])
+    for state in (GERMINATED, TRAINING):
+        bank.advance(0, 0, state)
+    for bad, message in (([1, 2], "record has 2 fields"), (record(width=0), "width 0")):
+        with pytest.raises(ValueError, match=message):
+            bank.set_plan(0, 0, bad)
+    assert bank.plan(0) == [] and not bank.plans().any()
+    bank.set_plan(0, 0, record())
+    assert bank.plans().tolist() == [bank.plan(0)]
+    bank.set_plan(0, 0, [])
+    assert bank.plan(0) == []
+    bank.set_plan(0, 0, record())
+    bank.advance(0, 0, CULLED)
+    assert bank.plan(0) == []
+    bank.advance(0, 0, DORMANT)
+    assert not bank.plans().any()
+    with pytest.raises(ValueError, match="slot is 1"):
+        bank.plan(1)
+
+
 def test_tick_is_fast_enough():
     bank = SeedBank([100] * 1000)
     for slot in range(1000):
