@@ -2,8 +2,8 @@
 
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.lifecycle import SeedLifecycleState
+from esper.kasmina.lifecycle import Transition
 from esper.kasmina.model import MorphableModel
-from esper.kasmina.model import Transition
 from esper.kasmina.sites import Bridge
 from esper.kasmina.sites import SlotState
 from esper.kasmina.wrapping import unwrap

@@ -19,6 +19,7 @@ on import.
 | 10 | ROLLED_BACK | - | - | - | removed by the governor; embargoed, then DORMANT |
 """
 
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 from typing import cast
@@ -73,6 +74,27 @@ class SeedLifecycleState(IntEnum):
         elif state in set(cls):
             return cls(state)
         raise ValueError(f"state is {state!r}, but it must be one of {', '.join(cls.__members__)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A lifecycle move that has happened.
+
+    Attributes:
+        slot: Name of the slot.
+        seed: Index of the seed.
+        before: State that it left.
+        after: State that it is in.
+        kernel: Digest of the kernel that it holds, or held until this move; empty if none.
+        reason: Why, as the caller said.
+    """
+
+    slot: str
+    seed: int
+    before: SeedLifecycleState
+    after: SeedLifecycleState
+    kernel: str
+    reason: str
 
 
 def to_proto(state: SeedLifecycleState) -> lifecycle_pb2.SeedState:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -33,6 +32,7 @@ from esper.kasmina.grafts import check_fit
 from esper.kasmina.grafts import check_parameters
 from esper.kasmina.grafts import check_target
 from esper.kasmina.lifecycle import SeedLifecycleState
+from esper.kasmina.lifecycle import Transition
 from esper.kasmina.places import place_of
 from esper.kasmina.places import signature_of
 from esper.kasmina.prepared import PreparedKernel
@@ -55,27 +55,6 @@ _EMPTIED = (
     SeedLifecycleState.CANCELLED,
     SeedLifecycleState.ROLLED_BACK,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Transition:
-    """A lifecycle move that has happened.
-
-    Attributes:
-        slot: Name of the slot.
-        seed: Index of the seed.
-        before: State that it left.
-        after: State that it is in.
-        kernel: Digest of the kernel that it holds, or held until this move; empty if none.
-        reason: Why, as the caller said.
-    """
-
-    slot: str
-    seed: int
-    before: SeedLifecycleState
-    after: SeedLifecycleState
-    kernel: str
-    reason: str
 
 
 class MorphableModel(SlottedModel):
