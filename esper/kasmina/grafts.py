@@ -164,6 +164,11 @@ class Graft(nn.Module):
         return self.prepared.digest
 
     @property
+    def is_noop(self) -> bool:
+        """Whether the kernel adds nothing, so that nothing has to run for it."""
+        return self.kernel.HasField("noop")
+
+    @property
     def reads_input(self) -> bool:
         """Whether the kernel reads the slot's input instead of its own chunk of the output."""
         return self.prepared.reads_input

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -320,11 +319,3 @@ def is_linear(module: nn.Module) -> bool:
     if isinstance(module, _ConvNd):
         return module.groups == 1
     return isinstance(module, nn.Linear)
-
-
-def parameter_dtype(module: nn.Module) -> torch.dtype | None:
-    """Returns the type of a module's first floating-point parameter; None where it has none."""
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            return parameter.dtype
-    return None

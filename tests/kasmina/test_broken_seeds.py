@@ -39,8 +39,9 @@ def test_the_host_stays_finite_and_in_training_unchanged(family, state, value):
     host = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 2, 1))
     bare = copy.deepcopy(host)
     inputs = torch.randn(2, 3, 5, 4)
-    model = wrap(host, target_layers=["0"], seeds_per_layer=2, example_inputs=inputs)
+    model = wrap(host, target_layers=["0"], seeds_per_layer=2)
     model.telemetry_interval = 1  # measuring must bear it as well
+    model(inputs)  # spatial seeds ask for the output's axes
     model.germinate("0", 1, family, **FAMILIES[family])
     for stage in range(State.TRAINING, state + 1):
         model.advance("0", 1, stage)
