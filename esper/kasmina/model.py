@@ -293,6 +293,7 @@ class MorphableModel(SlottedModel):
         layer.remove(seed)
         self.kernel_cache.release(graft.digest)
         self._plant(at[0], seed, empty.train(self.training))
+        self.revision += 1
         self._switch(layer)
         reason = reason or f"folded into the weight of {slot}"
         self._tell(Transition(slot, seed, state, state, graft.digest, reason))
