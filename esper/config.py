@@ -54,7 +54,8 @@ class GrowthConfig:
         first_epoch: First epoch that may grow; before it the scores mean nothing.
         max_interval_epochs: Longest interval between germinations of ``periodic``, in epochs.
         reserved_share: Share of the run at its end that never grows; from 0 to below 1.
-        min_score_ratio: Least growth score over its null; 1 is what noise looks like.
+        min_score_ratio: Least growth score over its null; noise is at 1, give or take 0.1 over the
+            few hundred rows of an epoch that probes look at.
         max_live: Most seeds under way at a time.
         max_slot_growth: Most parameters of a kernel over those of the slot with its grafts.
         rest_epochs: Epochs that a seed rests after its graft was refused, times the number of
@@ -68,7 +69,7 @@ class GrowthConfig:
     first_epoch: int = 1
     max_interval_epochs: int = 8
     reserved_share: float = 1.0 / 6.0
-    min_score_ratio: float = 1.5
+    min_score_ratio: float = 1.2
     max_live: int = 2
     max_slot_growth: float = 1.0
     rest_epochs: int = 8

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from benchmarks.timing import peak_flops
 from benchmarks.timing import peak_of_temporaries
 
 SHAPE = (2048, 768, 12, 16)
+EPOCHS, EPOCH_STEPS = 2, 390  # steps of an epoch of CIFAR-10 in batches of 128
 ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
@@ -105,24 +107,37 @@ def slot_targets(compiled: bool) -> list[Target]:
 
 
 def dormant_target() -> Target:
-    """Training steps of a 12-layer transformer with every slot dormant, over the bare model's."""
+    """Epochs of a 12-layer transformer with every slot dormant, over the bare model's.
+
+    Steps alternate and all of them are summed, as the dear ones are few; telemetry is at its
+    defaults and is collected at the end of each epoch.
+    """
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True)
     bare = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
-    twin = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
-    wrapped = esper.wrap(twin, telemetry_enabled=False)
+    wrapped = esper.wrap(nn.TransformerEncoder(layer, 12, enable_nested_tensor=False))
     inputs = torch.randn(8, 64, 128)
 
     def step(model: nn.Module) -> None:
         model(inputs).square().mean().backward()
         model.zero_grad(set_to_none=True)
 
-    medians = interleaved(
-        {"wrapped": lambda: step(wrapped), "bare": lambda: step(bare)}, budget_s=60.0
+    spent_s = {bare: 0.0, wrapped: 0.0}
+    for epoch in range(EPOCHS):
+        for number in range(EPOCH_STEPS):
+            for model in (wrapped, bare) if number % 2 else (bare, wrapped):
+                started = time.process_time()
+                step(model)
+                if model is wrapped and number == EPOCH_STEPS - 1:
+                    wrapped.collect_signals(epoch)
+                spent_s[model] += time.process_time() - started
+    num_steps = EPOCHS * EPOCH_STEPS
+    detail = (
+        f"{len(wrapped.slots)} slots, default telemetry, {EPOCHS} epochs of {EPOCH_STEPS} steps, "
+        f"bare {1e3 * spent_s[bare] / num_steps:.1f} ms"
     )
-    ratio = medians["wrapped"] / medians["bare"]
-    detail = f"bare {1e3 * medians['bare']:.1f} ms, telemetry off"
-    return Target("dormant step over the bare model", ratio, "x", "under", 1.01, detail)
+    ratio = spent_s[wrapped] / spent_s[bare]
+    return Target("dormant training over the bare model", ratio, "x", "under", 1.01, detail)
 
 
 def lifecycle_targets() -> list[Target]:

@@ -19,7 +19,8 @@ from esper.kasmina.rows import SampledStep
 from esper.kasmina.slots import SlotTable
 
 _LEAST_INTERVAL = 8
-_STRETCH = 4  # a round of sampling ends when the epoch is so many times as long as at its beginning
+_PLAIN_FORWARDS = 32  # of an epoch before the interval stretches, so that short epochs show enough
+_STRETCH = 4  # then a round ends when the epoch is so many times as long as at its beginning
 
 T = TypeVar("T")
 
@@ -51,9 +52,10 @@ class Sampler:
     """Decides for each forward what is observed; with nothing to observe it only calls the host.
 
     Every slot is sampled in one training forward of each interval. The slots take turns, so that no
-    single step is dear. Unless the interval was set, it stretches within an epoch: the second round
-    ends when the epoch is four times as long as the first one was, the third at sixteen times, and
-    so on. So the first figures of an epoch come soon, and long epochs pay little.
+    single step is dear. Unless the interval was set, it stretches within an epoch: after the rounds
+    of the first 32 forwards the next one ends when the epoch is four times as long, the one after
+    it at sixteen times, and so on. So the first figures of an epoch come soon, and long epochs pay
+    little.
 
     Args:
         host: The user's model.
@@ -186,11 +188,12 @@ class Sampler:
     def _turn(self, slots: Collection[T]) -> frozenset[T]:
         """Those of the slots that the coming forward samples."""
         length, position = self._interval, self.training_forwards % self._interval
-        if self._stretching:
-            position = self._uncollected_forwards
-            end = length  # of the round, counted from where the telemetry was collected
-            while self._uncollected_forwards >= end:
-                position, length = self._uncollected_forwards - end, (_STRETCH - 1) * end
+        if self._stretching:  # counted from where the telemetry was collected
+            forwards = self._uncollected_forwards
+            position = forwards % length
+            end = -(-_PLAIN_FORWARDS // length) * length  # of the plain rounds
+            while forwards >= end:
+                position, length = forwards - end, (_STRETCH - 1) * end
                 end += length
         return frozenset(
             slot for number, slot in enumerate(slots) if number * length // len(slots) == position

@@ -283,9 +283,9 @@ class SlottedModel(nn.Module):
         """Every how many training forwards a slot is sampled; the slots take turns.
 
         Default: as many forwards as there are slots, but at least 8, so that no forward samples
-        more than one slot. It stretches until ``collect_signals`` is called: the second round of
-        sampling is three times as long as the first, and each further one four times as long as
-        the one before. An interval that is set stays as it is.
+        more than one slot. It stretches until ``collect_signals`` is called: after the rounds of
+        the first 32 forwards comes one that is three times as long as all of them, and each further
+        one is four times as long as the one before. An interval that is set stays as it is.
         """
         return self._sampler.interval
 

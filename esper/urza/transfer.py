@@ -42,8 +42,10 @@ def transfer_timeout_s(size_bytes: int) -> float:
 
 
 def worth_another_attempt(error: RpcError, attempt: int) -> bool:
-    """Returns whether an upload should go on after its `attempt`-th try, from 0, has failed."""
-    return error.code in _AGAIN and attempt < ATTEMPTS - 1
+    """Returns whether a transfer should go on after its `attempt`-th try, from 0, has failed."""
+    # What grpc.aio says where a connection breaks under a message; a server gives its reason.
+    broken = error.code is grpc.StatusCode.INTERNAL and not error.reason
+    return (broken or error.code in _AGAIN) and attempt < ATTEMPTS - 1
 
 
 def upload_chunks(digest: digest_pb2.Digest, data: bytes, offset: int) -> Iterator[UploadChunk]:

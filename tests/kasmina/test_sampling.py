@@ -349,8 +349,9 @@ def test_the_default_interval_stretches_until_the_signals_are_collected():
             model(X)
             assert (model.get_model_stats().sampled_forwards > before) == (shares[-1] > 0)
 
-    run(128 + 96)  # rounds of 8, 24, 96 and 384 forwards
-    assert [step for step, share in enumerate(shares) if share] == [0, 4, 8, 20, 32, 80, 128]
+    run(224)  # four rounds of 8 forwards, then rounds of 96 and 384
+    wanted = [*range(0, 32, 4), 32, 80, 128]
+    assert [step for step, share in enumerate(shares) if share] == wanted
     assert set(shares) == {0.0, 0.5}
     model.collect_signals(0)
     run(8)
