@@ -84,6 +84,7 @@ class _Shown:
     "its store in the folder.",
 )
 @click.option("--tensorboard", is_flag=True, help="Log to tensorboard/ in the folder too.")
+@joined()
 def command(
     config_file: Path,
     out: Path | None,
@@ -102,20 +103,6 @@ def command(
     Processes that torchrun starts (torchrun --nproc-per-node=2 --no-python esper train ...) share
     each batch of the task; the first one prints and writes.
     """
-    with joined():
-        _train(config_file, out, resume, seed, epochs, no_growth, plane, tensorboard)
-
-
-def _train(
-    config_file: Path,
-    out: Path | None,
-    resume: bool,
-    seed: int | None,
-    epochs: int | None,
-    no_growth: bool,
-    plane: str | None,
-    tensorboard: bool,
-) -> None:
     config = read_config(config_file)
     if seed is not None:
         config = replace(config, seed=seed)
