@@ -32,14 +32,12 @@ from os import PathLike
 from types import TracebackType
 from typing import TypeVar
 
-from google.protobuf.message import Message
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from esper.config import EsperConfig
 from esper.kasmina import MorphableModel
-from esper.kasmina import SeedLifecycleState
 from esper.kasmina import Transition
 from esper.tolaria import agreement
 from esper.tolaria.asking import observe
@@ -49,6 +47,8 @@ from esper.tolaria.batches import draw
 from esper.tolaria.checkpoint import Checkpoint
 from esper.tolaria.checkpoint import read_checkpoint
 from esper.tolaria.checkpoint import write_checkpoint
+from esper.tolaria.chronicle import Chronicle
+from esper.tolaria.chronicle import Clock
 from esper.tolaria.cost import TrainingCost
 from esper.tolaria.decisions import Decisions
 from esper.tolaria.evaluation import Batch
@@ -58,8 +58,6 @@ from esper.tolaria.governor import Governor
 from esper.tolaria.governor import Run
 from esper.tolaria.history import EpochRecord
 from esper.tolaria.history import History
-from esper.tolaria.history import LifecycleEvent
-from esper.tolaria.history import RollbackRecord
 from esper.tolaria.history import SeedAttribution
 from esper.tolaria.link import Address
 from esper.tolaria.link import Advice
@@ -70,7 +68,6 @@ from esper.tolaria.mode import Mode
 from esper.tolaria.mode import check_run
 from esper.tolaria.optimizers import check_all
 from esper.tolaria.protocol import GraftProtocol
-from esper.tolaria.protocol import field_report
 from esper.tolaria.ranks import Ranks
 from esper.tolaria.replay import ReplayLink
 from esper.tolaria.replay import SilentLink
@@ -85,7 +82,6 @@ from esper.tolaria.watch import Watch
 _log = logging.getLogger("esper")
 
 T = TypeVar("T")
-State = SeedLifecycleState
 
 
 class Session:
@@ -164,14 +160,13 @@ class Session:
         self._held_out = held_out
         self._loss = loss
         self._mode = mode
-        self._epoch = 0
-        self._step = 0
-        self._epoch_first_step = 0
+        self._clock = Clock()
         self._closed = False
         self._failure: str | None = None  # of rank 0's plane, as it was told
         self._ranks = Ranks()
         self.run = agreement.shared_run(resume, self._ranks)
-        self.history = History()
+        self.history = History() if resume is None else resume.record.history()
+        self._chronicle = Chronicle(self.run, self._clock, self.history)
         self.cost = TrainingCost(model, loss, held_out)
         if self._config.telemetry_interval is not None:
             model.telemetry_interval = self._config.telemetry_interval
@@ -183,7 +178,7 @@ class Session:
         self._parts = TrainingParts(
             model, self._optimizers, self._protocol, stateful or {}, self._watch
         )
-        run = Run(self._capture, self._go_back, self._tell_move, self._tell_rollback)
+        run = Run(self._capture, self._go_back, self._chronicle.move, self._chronicle.rollback)
         self._governor = Governor(self._parts, self._config.governor, run, self._ranks)
         self._rewinding: set[str] = set()  # names of the data that ``batches`` iterates
         self._trials = Trials(
@@ -196,19 +191,7 @@ class Session:
         self._step_hooks = [
             user.register_step_post_hook(self._on_step) for user in self._optimizers
         ]
-        self._link: PlaneLink | SilentLink
-        if not self._ranks.leads:
-            self._link = SilentLink()
-        elif replay is not None:
-            self._link = ReplayLink(replay.record.decisions)
-        else:
-            self._link = PlaneLink(
-                plane,
-                self._config.candidates,
-                self.run,
-                patience_s=self._config.lockstep_timeout_s if mode == "lockstep" else 0.0,
-                state=None if resume is None else resume.record.link_state(),
-            )
+        self._link = self._chronicle.link = self._open_link(plane, resume, replay)
         if resume is not None:  # the plane may be another one, with an empty library
             self._link.compile(signatures(self._model))
         self._warn_of_strangers()
@@ -229,12 +212,12 @@ class Session:
     @property
     def epoch(self) -> int:
         """The epoch that is running, from 0."""
-        return self._epoch
+        return self._clock.epoch
 
     @property
     def step(self) -> int:
         """Optimizer steps taken so far."""
-        return self._step
+        return self._clock.step
 
     @property
     def plane_failure(self) -> str | None:
@@ -257,22 +240,24 @@ class Session:
         """
         if self._closed:
             raise ValueError("the session is closed, but epoch_end needs an open one")
-        if self._epoch >= self._epochs:
+        if self._clock.epoch >= self._epochs:
             raise ValueError(
-                f"epochs is {self._epochs}, but epoch_end was called {self._epoch + 1} times"
+                f"epochs is {self._epochs}, but epoch_end was called {self._clock.epoch + 1} times"
             )
-        agreement.check_steps(self._step, self._ranks)
+        agreement.check_steps(self._clock.step, self._ranks)
         agreement.share(self._model.buffers(), self._ranks)
         self._governor.settle()
-        last = self._epoch == self._epochs - 1
-        measures = last or self._epoch % self._config.evaluation_interval == 0
+        last = self._clock.epoch == self._epochs - 1
+        measures = last or self._clock.epoch % self._config.evaluation_interval == 0
         losses: Tensor | None = None
         if self._trials.are_due() or (measures and not (last and self._protocol.live)):
             losses = self._measure()
             before = self.history.held_out_losses()
-            while self._governor.check_held_out(before, float(losses.mean()), self._num_steps):
+            while self._governor.check_held_out(
+                before, float(losses.mean()), self._clock.num_steps
+            ):
                 losses = self._measure()
-        losses = self._trials.hold(self._epoch, self.history.trials, losses)
+        losses = self._trials.hold(self._clock.epoch, self.history.trials, losses)
         if last and self._protocol.live:
             self._protocol.finish()
             losses = None  # of another model
@@ -280,8 +265,8 @@ class Session:
             losses = self._measure()
         self.cost.pool(self._ranks)
         record = EpochRecord(
-            epoch=self._epoch,
-            step=self._step,
+            epoch=self._clock.epoch,
+            step=self._clock.step,
             train_loss=agreement.mean(train_loss, self._ranks),
             held_out_loss=None if losses is None else float(losses.mean()),
             parameters=self._model.num_parameters(),
@@ -293,8 +278,8 @@ class Session:
         )
         self.history.epochs.append(record)
         self._consult(record, apply=not last)
-        self._epoch += 1
-        self._epoch_first_step = self._step
+        self._clock.epoch += 1
+        self._clock.epoch_first_step = self._clock.step
         self._governor.start_afresh(epoch=True)
         return record
 
@@ -368,16 +353,28 @@ class Session:
                 last_first.callback(hook.remove)
             self._protocol.finish()
 
+    def _open_link(
+        self, plane: Address | None, resume: Checkpoint | None, replay: Checkpoint | None
+    ) -> PlaneLink | SilentLink:
+        if not self._ranks.leads:
+            return SilentLink()
+        if replay is not None:
+            return ReplayLink(replay.record.decisions)
+        return PlaneLink(
+            plane,
+            self._config.candidates,
+            self.run,
+            patience_s=self._config.lockstep_timeout_s if self._mode == "lockstep" else 0.0,
+            state=None if resume is None else resume.record.link_state(),
+        )
+
     def _capture(self) -> TrainingState:
-        return self._parts.capture(self._epoch, self._step, self._epoch_first_step)
+        clock = self._clock
+        return self._parts.capture(clock.epoch, clock.step, clock.epoch_first_step)
 
     def _go_back(self, training: TrainingState) -> None:
         self._parts.restore(training, leave=self._parts.positions() - self._rewinding)
-        self._step = training.step
-
-    @property
-    def _num_steps(self) -> int:
-        return self._step - self._epoch_first_step
+        self._clock.step = training.step
 
     def _measure(self) -> Tensor:
         losses = sample_losses(self._model, self._held_out, self._loss, self._ranks)
@@ -397,7 +394,7 @@ class Session:
             spent=self.cost.spent,
             decisions=self._taken,
             memory=link.memory,
-            pending=[AdviceState.of(advice, self._epoch) for advice in link.pending],
+            pending=[AdviceState.of(advice, self._clock.epoch) for advice in link.pending],
             told=list(link.records),
         )
 
@@ -414,12 +411,11 @@ class Session:
             self._model.observers.remove(self._on_transition)
             self._ranks.close()
             raise
-        self._epoch, self._step = training.epoch, training.step
-        self._epoch_first_step = training.epoch_first_step
+        self._clock.epoch, self._clock.step = training.epoch, training.step
+        self._clock.epoch_first_step = training.epoch_first_step
         self._governor.num_attempts = record.num_attempts
         self._taken = list(record.decisions)
         self.cost.resume(record.spent)
-        self.history = record.history()
 
     def _close_link(self) -> None:
         self._link.close()
@@ -436,47 +432,29 @@ class Session:
 
     def _on_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         is_first = optimizer is self._optimizers[0]
-        self._step += is_first
-        if self._governor.after_optimizer(optimizer, self._step):
+        self._clock.step += is_first
+        if self._governor.after_optimizer(optimizer, self._clock.step):
             return
         self._protocol.on_step(optimizer)
         if is_first:
-            self._governor.after_step(self._step)
+            self._governor.after_step(self._clock.step)
 
     def _on_transition(self, transition: Transition) -> None:
-        self._tell_move(transition)
-        graft = self._protocol.live.get((transition.slot, transition.seed))
-        if graft is not None:  # the plane does not know the kernels of others
-            if transition.after is State.FOSSILIZED:
-                self._link.mark_deployed(graft.kernel_name)
-            report = field_report(self.run, transition, graft)
-            if report is not None:
-                self._link.report(report)
-
-    def _tell_move(self, transition: Transition) -> None:
-        event = LifecycleEvent.of(transition, self._epoch, self._step)
-        self.history.events.append(event)
-        self._tell("lifecycle", event.to_proto(self.run))
-
-    def _tell_rollback(self, record: RollbackRecord) -> None:
-        self.history.rollbacks.append(record)
-        self._tell("rollback", record.to_proto(self.run))
-
-    def _tell(self, topic: str, message: Message) -> None:
-        self._link.publish(f"system.events.{topic}", message)
-        self._link.record(message)
+        self._chronicle.move(
+            transition, self._protocol.live.get((transition.slot, transition.seed))
+        )
 
     def _consult(self, record: EpochRecord, *, apply: bool) -> None:
         if self._ranks.is_shared:
             self._model.pool(self._ranks.gather(self._model.runtime()))
-        signals = self._model.collect_signals(self._epoch)
+        signals = self._model.collect_signals(self._clock.epoch)
         self._governor.check_seeds(signals)
         self._link.compile(signatures(self._model))
         observation = observe(
             record,
             self.run,
             self._epochs,
-            self._num_steps,
+            self._clock.num_steps,
             self._model,
             self._optimizers,
             self.cost,
@@ -485,26 +463,26 @@ class Session:
             self._config,
         )
         self._link.observe(observation)
-        self._tell("epoch", record.to_proto(self.run))
+        self._chronicle.epoch(record)
         if self._mode != "async":
-            advice = self._link.wait(self._epoch, self._config.lockstep_timeout_s)
+            advice = self._link.wait(self._clock.epoch, self._config.lockstep_timeout_s)
         else:
             advice = self._link.take()
         complete = [self._decisions.complete(item) for item in advice]
         shared, self._failure = agreement.shared_advice(
-            complete, self._link.failure, self._epoch, self._ranks
+            complete, self._link.failure, self._clock.epoch, self._ranks
         )
         if apply and not self._governor.gave_up:
             for item in sorted(shared, key=lambda item: -item.decision.urgency):
-                self._taken.append(AdviceState.of(item, self._epoch))
+                self._taken.append(AdviceState.of(item, self._clock.epoch))
                 self._apply(item)
-        agreement.check_structure(self._model, self._step, self._ranks)
+        agreement.check_structure(self._model, self._clock.step, self._ranks)
         newborns = [self._model.seed_parameters(*key) for key in self._protocol.live]
         agreement.share((weight for weights in newborns for weight in weights), self._ranks)
 
     def _apply(self, advice: Advice) -> None:
-        steps_left = (self._epochs - 1 - self._epoch) * self._num_steps
-        refusal = self._decisions.try_to(advice, epoch=self._epoch, steps_left=steps_left)
+        steps_left = (self._epochs - 1 - self._clock.epoch) * self._clock.num_steps
+        refusal = self._decisions.try_to(advice, epoch=self._clock.epoch, steps_left=steps_left)
         if refusal is not None:
             self.history.refusals.append(refusal)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from tolaria import governed
 
 from esper.plane import EmbeddedPlane
 
@@ -12,3 +13,11 @@ def plane() -> Iterator[str]:
     """Address of a running plane."""
     with EmbeddedPlane() as embedded:
         yield embedded.address
+
+
+@pytest.fixture(scope="module")
+def governed_plane(plane: str) -> Iterator[None]:
+    """Lets every governed loop of the module find the plane."""
+    governed.PLANE.append(plane)
+    yield
+    governed.PLANE.clear()
