@@ -12,8 +12,17 @@ from esper.tolaria.history import LifecycleEvent
 from esper.tolaria.history import RollbackRecord
 from esper.tolaria.link import PlaneLink
 from esper.tolaria.protocol import LiveGraft
-from esper.tolaria.protocol import field_report
 from esper.tolaria.replay import SilentLink
+from esper.urza.v1 import library_pb2
+
+State = SeedLifecycleState
+
+_VERDICTS = {
+    State.FOSSILIZED: library_pb2.FIELD_VERDICT_FOSSILIZED,
+    State.CULLED: library_pb2.FIELD_VERDICT_CULLED,
+    State.CANCELLED: library_pb2.FIELD_VERDICT_CANCELLED,
+    State.ROLLED_BACK: library_pb2.FIELD_VERDICT_ROLLED_BACK,
+}
 
 
 @dataclass(slots=True)
@@ -67,9 +76,9 @@ class Chronicle:
         self._tell("lifecycle", event.to_proto(self._run))
         if graft is None:
             return
-        if transition.after is SeedLifecycleState.FOSSILIZED:
+        if transition.after is State.FOSSILIZED:
             self.link.mark_deployed(graft.kernel_name)
-        report = field_report(self._run, transition, graft)
+        report = _field_report(self._run, transition, graft)
         if report is not None:
             self.link.report(report)
 
@@ -85,3 +94,30 @@ class Chronicle:
     def _tell(self, topic: str, message: Message) -> None:
         self.link.publish(f"system.events.{topic}", message)
         self.link.record(message)
+
+
+def _field_report(
+    run: str, transition: Transition, graft: LiveGraft
+) -> library_pb2.FieldReport | None:
+    """Returns what Urza is told of a graft that has reached its verdict; ``None`` before that.
+
+    Args:
+        run: Id of the run.
+        transition: The move of its seed.
+        graft: The graft.
+    """
+    verdict = _VERDICTS.get(transition.after)
+    if verdict is None:
+        return None
+    report = library_pb2.FieldReport(
+        kernel=graft.kernel_name,
+        run=run,
+        slot=transition.slot,
+        seed=transition.seed,
+        verdict=verdict,
+        reason=transition.reason,
+    )
+    if (trial := graft.trial) is not None:
+        report.gain, report.gain_low, report.gain_high = trial.gain, trial.low, trial.high
+        report.p_value, report.num_samples = trial.p_value, trial.num_samples
+    return report

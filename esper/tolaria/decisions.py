@@ -16,9 +16,9 @@ from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria.births import singular_weights
 from esper.tolaria.cost import TrainingCost
 from esper.tolaria.link import Advice
+from esper.tolaria.plans import complete_plan
+from esper.tolaria.plans import plan_steps
 from esper.tolaria.protocol import GraftProtocol
-from esper.tolaria.protocol import complete_plan
-from esper.tolaria.protocol import plan_steps
 
 _log = logging.getLogger("esper")
 

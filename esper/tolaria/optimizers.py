@@ -289,11 +289,10 @@ class NewbornOptimizer:
             group.labels.extend(self._names)
         state.state.update(own.state)
 
-    def take_back(self) -> None:
-        """Takes parameters that have graduated, and their state, out of the user's optimizer."""
+    def take_out(self) -> None:
+        """Takes the parameters, with what is kept for them, out of the user's optimizer."""
         for parameter, state in forget(self.host_optimizer, self._parameters).items():
             self._optimizer.state[parameter] = state
-        self.settle()
 
     def graduate(self) -> None:
         """Moves parameters and their state into the user's group; this object is then done."""

@@ -6,7 +6,6 @@ a plane that dies in the middle of a graft changes no live seed.
 """
 
 import logging
-import math
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from esper.blueprints.digest import kernel_digest
 from esper.common.sharding import is_part
 from esper.common.v1 import kernel_pb2
-from esper.common.v1 import lifecycle_pb2
 from esper.config import GraftConfig
 from esper.kasmina import MorphableModel
 from esper.kasmina import SeedLifecycleState
@@ -29,9 +28,12 @@ from esper.tolaria.optimizer_state import OptimizerState
 from esper.tolaria.optimizers import NewbornOptimizer
 from esper.tolaria.optimizers import NewbornState
 from esper.tolaria.optimizers import find_home
+from esper.tolaria.optimizers import forget
+from esper.tolaria.plans import check_plan
+from esper.tolaria.plans import complete_plan
+from esper.tolaria.plans import rest_of_ramp
 from esper.tolaria.ranks import ALONE
 from esper.tolaria.ranks import Ranks
-from esper.urza.v1 import library_pb2
 
 _log = logging.getLogger("esper")
 
@@ -41,12 +43,6 @@ SeedKey = tuple[str, int]
 _ENDED = (State.FOSSILIZED, State.CULLED, State.CANCELLED, State.ROLLED_BACK)
 BLENDED = (State.GRAFTING, State.STABILIZATION, State.EVALUATING, State.FINE_TUNING)
 """States in which a seed acts on the host and has no verdict yet."""
-_VERDICTS = {
-    State.FOSSILIZED: library_pb2.FIELD_VERDICT_FOSSILIZED,
-    State.CULLED: library_pb2.FIELD_VERDICT_CULLED,
-    State.CANCELLED: library_pb2.FIELD_VERDICT_CANCELLED,
-    State.ROLLED_BACK: library_pb2.FIELD_VERDICT_ROLLED_BACK,
-}
 
 
 @dataclass(slots=True)
@@ -100,54 +96,6 @@ class LiveGraftState:
     stage_steps: int
     trial: Trial | None
     optimizer: NewbornState | None
-
-
-def complete_plan(
-    plan: controller_pb2.GraftPlan | None, defaults: GraftConfig
-) -> controller_pb2.GraftPlan:
-    """Returns the decision's plan, or one made of the configured defaults where there is none."""
-    if plan is not None:
-        complete = controller_pb2.GraftPlan()
-        complete.CopyFrom(plan)
-    else:
-        complete = controller_pb2.GraftPlan(
-            training_steps=defaults.training_steps,
-            alpha=_ramp(defaults),
-            stabilization_steps=defaults.stabilization_steps,
-        )
-    if not complete.HasField("alpha"):
-        complete.alpha.steps = 1
-    if complete.learning_rate_scale == 0:
-        complete.learning_rate_scale = defaults.learning_rate_scale
-    return complete
-
-
-def _ramp(defaults: GraftConfig) -> lifecycle_pb2.AlphaSchedule:
-    if defaults.ramp == "none":
-        return lifecycle_pb2.AlphaSchedule(steps=defaults.ramp_steps, start=1.0, end=1.0)
-    kind = f"ALPHA_SCHEDULE_KIND_{defaults.ramp.upper()}"
-    return lifecycle_pb2.AlphaSchedule(kind=kind, steps=defaults.ramp_steps)
-
-
-def plan_steps(plan: controller_pb2.GraftPlan) -> int:
-    """Returns the optimizer steps from germination until the seed is due for its trial."""
-    return plan.training_steps + plan.alpha.steps + plan.stabilization_steps + 1
-
-
-def check_plan(plan: controller_pb2.GraftPlan) -> None:
-    """Refuses a plan that cannot be carried out; its ramp is checked by the seed bank.
-
-    Raises:
-        ValueError: With the field, the value and the rule.
-    """
-    for name in ("training_steps", "stabilization_steps"):
-        if getattr(plan, name) < 0:
-            raise ValueError(f"plan.{name} is {getattr(plan, name)}, but it must be at least 0")
-    if not 0.0 < plan.learning_rate_scale < math.inf:
-        raise ValueError(
-            f"plan.learning_rate_scale is {plan.learning_rate_scale}, but it must be finite and "
-            "above 0"
-        )
 
 
 class GraftProtocol:
@@ -226,6 +174,61 @@ class GraftProtocol:
             raise
         graft = LiveGraft(slot, seed, kernel_name, kernel, plan, optimizer)
         self.live[graft.key] = graft
+
+    def adopt(self) -> list[SeedKey]:
+        """Takes over the seeds under way that others have planted, such as those of a loaded model.
+
+        Each goes on from its state by a plan of the configured defaults, and its alpha from where
+        it is. Parameters that the user's optimizers train already, made of all that the model had,
+        move into the newborn's own with their state.
+
+        Returns:
+            The seeds.
+
+        Raises:
+            ValueError: If several processes train, or no optimizer takes a seed's parameters;
+                nothing has changed then.
+        """
+        keys = [
+            key
+            for key in self._model.occupied_seeds()
+            if self._model.seed_state(*key) is not State.FOSSILIZED and key not in self.live
+        ]
+        if keys and self._ranks.is_shared:
+            slot, seed = keys[0]
+            raise ValueError(
+                f"{slot}[{seed}] is {self._model.seed_state(slot, seed).name}, but several "
+                "processes take over no seeds under way, as DistributedDataParallel and "
+                "fully_shard have taken their parameters: go on from a checkpoint by resume"
+            )
+        grafts: list[LiveGraft] = []
+        try:
+            for key in keys:
+                grafts.append(self._adopted(*key))
+        except ValueError:
+            for graft in grafts:
+                if graft.optimizer is not None:
+                    graft.optimizer.close()
+            raise
+        for graft in grafts:
+            if graft.optimizer is not None:
+                graft.optimizer.take_out()
+                for optimizer in self._optimizers:
+                    forget(optimizer, self._model.seed_parameters(*graft.key))
+            if self._model.seed_state(*graft.key) is State.GRAFTING:
+                ramp = rest_of_ramp(graft.plan, self._model.alpha(*graft.key))
+                self._model.set_schedule(*graft.key, ramp)
+            else:
+                self._model.set_schedule(*graft.key, graft.plan.alpha)
+            self.live[graft.key] = graft
+        return keys
+
+    def _adopted(self, slot: str, seed: int) -> LiveGraft:
+        kernel = self._model.kernel_of(slot, seed)
+        assert kernel is not None, "a seed under way holds its kernel"
+        plan = complete_plan(None, self._config)
+        optimizer = self._newborn_optimizer(slot, seed, plan)
+        return LiveGraft(slot, seed, f"kernels/{kernel_digest(kernel)}", kernel, plan, optimizer)
 
     def _newborn_optimizer(
         self, slot: str, seed: int, plan: controller_pb2.GraftPlan
@@ -312,7 +315,8 @@ class GraftProtocol:
                         homes[owners[id(parameter)]] = optimizer, index
         for key, home in homes.items():
             self._fossils[key] = self._optimizer_at(*key, *home)
-            self._fossils[key].take_back()
+            self._fossils[key].take_out()
+            self._fossils[key].settle()
 
     def resume(
         self, states: Sequence[LiveGraftState], parameters: Mapping[str, nn.Parameter]
@@ -399,15 +403,6 @@ class GraftProtocol:
                 slot, seed, State.EVALUATING, reason=f"settled for {plan.stabilization_steps} steps"
             )
 
-    def strangers(self) -> list[tuple[str, int, str]]:
-        """Returns slot, seed and state of the seeds under way that somebody else has planted."""
-        states = {key: self._model.seed_state(*key) for key in self._model.occupied_seeds()}
-        return [
-            (*key, state.name)
-            for key, state in states.items()
-            if state is not State.FOSSILIZED and key not in self.live
-        ]
-
     def due_for_trial(self) -> list[LiveGraft]:
         """Returns the grafts that wait for their held-out trial, oldest first."""
         return [
@@ -469,30 +464,3 @@ class GraftProtocol:
                 self._model.cull(*graft.key, reason=reason)
             else:
                 self._model.unload_kernel(*graft.key, reason=reason)
-
-
-def field_report(
-    run: str, transition: Transition, graft: LiveGraft
-) -> library_pb2.FieldReport | None:
-    """Returns what Urza is told of a graft that has reached its verdict; ``None`` before that.
-
-    Args:
-        run: Id of the run.
-        transition: The move of its seed.
-        graft: The graft.
-    """
-    verdict = _VERDICTS.get(transition.after)
-    if verdict is None:
-        return None
-    report = library_pb2.FieldReport(
-        kernel=graft.kernel_name,
-        run=run,
-        slot=transition.slot,
-        seed=transition.seed,
-        verdict=verdict,
-        reason=transition.reason,
-    )
-    if (trial := graft.trial) is not None:
-        report.gain, report.gain_low, report.gain_high = trial.gain, trial.low, trial.high
-        report.p_value, report.num_samples = trial.p_value, trial.num_samples
-    return report

@@ -185,16 +185,22 @@ class Session:
             model, held_out, loss, self._protocol, self.cost, self._config, self._ranks
         )
         self._taken: list[AdviceState] = []
-        if resume is not None:
-            self._go_on_from(resume)
+        try:
+            self._start_from(resume)
+        except BaseException:
+            self.cost.close()
+            self._governor.close()
+            self._protocol.close()
+            model.observers.remove(self._on_transition)
+            self._ranks.close()
+            raise
         self._decisions = Decisions(model, self._protocol, self.cost, self._config)
         self._step_hooks = [
             user.register_step_post_hook(self._on_step) for user in self._optimizers
         ]
         self._link = self._chronicle.link = self._open_link(plane, resume, replay)
-        if resume is not None:  # the plane may be another one, with an empty library
-            self._link.compile(signatures(self._model))
-        self._warn_of_strangers()
+        if resume is not None or self._protocol.live:  # the plane may be one with an empty library
+            self._link.compile(signatures(model))
 
     def __enter__(self) -> "Session":
         if self._closed:
@@ -398,19 +404,16 @@ class Session:
             told=list(link.records),
         )
 
-    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+    def _start_from(self, checkpoint: Checkpoint | None) -> None:
+        if checkpoint is None:
+            adopted = ", ".join(f"{slot}[{seed}]" for slot, seed in self._protocol.adopt())
+            if adopted:
+                _log.info("esper: seeds under way are taken over: %s", adopted)
+            return
         training, record = checkpoint.training_of(self._ranks.rank), checkpoint.record
-        try:
-            checkpoint.load_model(self._model)
-            self._parts.restore(training)
-            agreement.check_structure(self._model, training.step, self._ranks)
-        except BaseException:
-            self.cost.close()
-            self._governor.close()
-            self._protocol.close()
-            self._model.observers.remove(self._on_transition)
-            self._ranks.close()
-            raise
+        checkpoint.load_model(self._model)
+        self._parts.restore(training)
+        agreement.check_structure(self._model, training.step, self._ranks)
         self._clock.epoch, self._clock.step = training.epoch, training.step
         self._clock.epoch_first_step = training.epoch_first_step
         self._governor.num_attempts = record.num_attempts
@@ -420,15 +423,6 @@ class Session:
     def _close_link(self) -> None:
         self._link.close()
         self.history.plane_failure = self._link.failure or self._failure
-
-    def _warn_of_strangers(self) -> None:
-        strangers = [f"{slot}[{seed}] {state}" for slot, seed, state in self._protocol.strangers()]
-        if strangers:
-            _log.warning(
-                "esper: seeds that this session has not planted are under way, and it will not "
-                "move them: %s",
-                ", ".join(strangers),
-            )
 
     def _on_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         is_first = optimizer is self._optimizers[0]

@@ -341,17 +341,6 @@ def test_a_plane_that_hangs_is_given_up(
     assert [r.message for r in caplog.records if "did not take the last reports" in r.message]
 
 
-def test_seeds_that_nobody_will_move_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    model, optimizer, session = _open()
-    session.close()
-    model(TASK.train.inputs[:2])
-    model.germinate("net", 1, "bottleneck", rank=2)
-    given = {"epochs": 3, "held_out": TASK.held_out_batches(), "loss": TASK.loss, "plane": NOWHERE}
-    with caplog.at_level(logging.WARNING, logger="esper"):
-        Session(model, optimizer, **given).close()  # type: ignore[arg-type]
-    assert [r for r in caplog.records if r.message.endswith("net[1] GERMINATED")]
-
-
 def _decide(action: "controller_pb2.Action", **fields: object) -> Advice:
     decision = controller_pb2.Decision(action=action, slot="net", **fields)  # type: ignore[arg-type]
     return Advice(decision)
