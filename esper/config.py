@@ -118,6 +118,10 @@ class GraftConfig:
             fossilisation. 0 fossilises at once.
         learning_rate_scale: Newborn learning rate over that of the host's parameter group.
         warmup_steps: Steps over which the newborn's learning rate rises linearly.
+        max_gradient_norm: Most norm that a newborn's gradient may have at a step; a longer one is
+            made as short. A loop that clips ``model.parameters()`` clips the host alone, so give
+            its own bound here; ``math.inf`` says that newborns shall not be clipped. ``None`` does
+            not clip them either, and a session warns of it where the loop clips.
         freeze_fossils: Hold fossilised seeds still instead of training on.
         fold_fossils: Make a seed without an activation (``lora``, ``affine``) part of its module's
             weight as it fossilises, where the algebra allows it (``MorphableModel.fold``): it costs
@@ -132,6 +136,7 @@ class GraftConfig:
     fine_tuning_steps: int = 0
     learning_rate_scale: float = 1.0
     warmup_steps: int = 5
+    max_gradient_norm: float | None = None
     freeze_fossils: bool = False
     fold_fossils: bool = False
 
@@ -151,6 +156,12 @@ class GraftConfig:
             "learning_rate_scale",
             self.learning_rate_scale,
             "it must be above 0",
+        )
+        _require(
+            self.max_gradient_norm is None or self.max_gradient_norm > 0,
+            "max_gradient_norm",
+            self.max_gradient_norm,
+            "it must be above 0 or None",
         )
 
 

@@ -2,7 +2,8 @@
 
     python docs/examples/cnn.py
 
-Gradients are clipped and the learning rate is scheduled, as in many loops; growth takes no notice.
+The learning rate is scheduled, as in many loops, and newborns follow. Gradients are clipped: that means
+the host, and newborns have a bound of their own.
 """
 
 import torch
@@ -14,6 +15,8 @@ from torch.utils.data import TensorDataset
 from torch.utils.data import random_split
 
 import esper
+from esper.config import EsperConfig
+from esper.config import GraftConfig
 
 
 class Net(nn.Module):
@@ -55,6 +58,7 @@ def main(epochs=15):
         held_out=held_out_batches,
         loss=sample_loss,
         mode="lockstep",  # the run takes seconds: wait for advice
+        config=EsperConfig(graft=GraftConfig(max_gradient_norm=1.0)),
     )
 
     with session:

@@ -6,32 +6,28 @@ import lightning
 from torch import Tensor
 from torch import nn
 
+from esper.adapters.keeper import SessionKeeper
 from esper.config import EsperConfig
 from esper.kasmina import MorphableModel
 from esper.tolaria.evaluation import Batch
 from esper.tolaria.evaluation import SampleLoss
-from esper.tolaria.history import History
 from esper.tolaria.link import Address
 from esper.tolaria.mode import Mode
-from esper.tolaria.session import Session
 
 
-class GrowthCallback(lightning.Callback):  # type: ignore[misc]
+class GrowthCallback(SessionKeeper, lightning.Callback):  # type: ignore[misc]
     """Opens a session when training starts, ends its epochs, and closes it.
 
     The wrapped model is the first one found in the ``LightningModule``, such as
     ``self.net = esper.wrap(net, "auto")``. All optimizers of the trainer count.
 
     Args:
-        held_out: Held-out batches, see ``Session``.
-        loss: Maps (wrapped model, batch) to per-sample losses, shape [samples].
-        plane: Address of a plane, or ``None`` to start an embedded one.
-        mode: ``async`` or ``lockstep``, see ``Session``.
-        config: Growth configuration; ``None`` means the defaults.
+        held_out: Held-out batches, see ``SessionKeeper``.
+        loss: See ``SessionKeeper``.
+        plane: See ``SessionKeeper``.
+        mode: See ``SessionKeeper``.
+        config: See ``SessionKeeper``; ``gradient_clip_val`` clips newborns too.
         train_loss: Name under which the module logs its training loss; absent is not measured.
-
-    Attributes:
-        history: The run's history, once training has started.
     """
 
     def __init__(
@@ -44,14 +40,8 @@ class GrowthCallback(lightning.Callback):  # type: ignore[misc]
         config: EsperConfig | None = None,
         train_loss: str = "train_loss",
     ) -> None:
-        self.history: History | None = None
-        self._held_out = held_out
-        self._loss = loss
-        self._plane = plane
-        self._mode: Mode = mode
-        self._config = config
+        super().__init__(held_out=held_out, loss=loss, plane=plane, mode=mode, config=config)
         self._train_loss = train_loss
-        self._session: Session | None = None
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -66,18 +56,14 @@ class GrowthCallback(lightning.Callback):  # type: ignore[misc]
             raise ValueError(
                 f"max_epochs is {trainer.max_epochs}, but growth needs a planned number of epochs"
             )
-        self._session = Session(
+        clips_by_norm = trainer.gradient_clip_algorithm in (None, "norm")
+        self._open(
             _wrapped(pl_module),
             trainer.optimizers,
             epochs=trainer.max_epochs,
-            held_out=self._held_out,
-            loss=self._loss,
-            plane=self._plane,
-            mode=self._mode,
-            config=self._config,
             scaler=getattr(trainer.precision_plugin, "scaler", None),
+            max_gradient_norm=trainer.gradient_clip_val if clips_by_norm else None,
         )
-        self.history = self._session.history
 
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -91,9 +77,7 @@ class GrowthCallback(lightning.Callback):  # type: ignore[misc]
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
         """Closes the session, after an error too."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        self._close()
 
 
 def _wrapped(module: nn.Module) -> MorphableModel:

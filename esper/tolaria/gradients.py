@@ -9,6 +9,9 @@ A batch that is given up after its backward (an overflow that a ``GradScaler`` s
 is evaluated again) must be forgotten. What says so is the host: in a backward the parameters of the
 slot's own module get their gradients after its seeds do, so where they have none as the seed's
 gradient arrives, the user has cleared them since the last backward.
+
+What the user does to the host's gradients is not done to the newborn's. That it was done is seen by
+torch's count of changes in place, so that nobody has to find out by a newborn that explodes.
 """
 
 from collections.abc import Iterable
@@ -36,7 +39,15 @@ class GradientsAside:
         self._witnesses = [parameter for parameter in witnesses if parameter.requires_grad]
         self._aside: dict[nn.Parameter, Tensor] = {}
         self._arriving = False
+        self._arrived: tuple[int, int] | None = None  # a witness's gradient: which, and its version
         self._hooks = [parameter.register_hook(self._arrive) for parameter in parameters]
+
+    def host_was_changed(self) -> bool:
+        """Returns whether the host's gradients were changed in place since the last backward."""
+        now = self._version()
+        if now is None or self._arrived is None:
+            return False
+        return now[0] == self._arrived[0] and now[1] != self._arrived[1]
 
     def put_back(self) -> bool:
         """Makes the gradients so far those of the parameters.
@@ -69,7 +80,17 @@ class GradientsAside:
             self._aside = {}
         # Twice: after what others, such as DistributedDataParallel, do at the end of the backward.
         engine = Variable._execution_engine
-        engine.queue_callback(lambda: engine.queue_callback(self._lay_aside))
+        engine.queue_callback(lambda: engine.queue_callback(self._end_backward))
+
+    def _end_backward(self) -> None:
+        self._lay_aside()
+        self._arrived = self._version()
+
+    def _version(self) -> tuple[int, int] | None:
+        for witness in self._witnesses:
+            if witness.grad is not None:
+                return id(witness.grad), witness.grad._version
+        return None
 
     def _lay_aside(self) -> None:
         self._arriving = False

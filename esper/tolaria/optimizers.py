@@ -183,6 +183,7 @@ class NewbornOptimizer:
         witnesses: Parameters of the slot's module, see ``GradientsAside``.
         scaler: The scaler of the user's loss; the newborn is stepped through it, as the user's
             optimizers are.
+        max_gradient_norm: Most norm of the parameters' gradient at a step; ``None`` does not clip.
 
     Attributes:
         host_optimizer: The user's optimizer.
@@ -202,6 +203,7 @@ class NewbornOptimizer:
         names: Sequence[str] = (),
         witnesses: Iterable[nn.Parameter] = (),
         scaler: GradScaler | None = None,
+        max_gradient_norm: float | None = None,
     ) -> None:
         self.host_optimizer = optimizer
         self._group_index = group_index
@@ -213,6 +215,7 @@ class NewbornOptimizer:
         group = optimizer.param_groups[group_index]
         self._optimizer = _twin(optimizer, group, self._parameters)
         self._scaler = scaler
+        self._max_gradient_norm = max_gradient_norm
         self._gradients = GradientsAside(self._parameters, witnesses)
 
     @property
@@ -221,6 +224,17 @@ class NewbornOptimizer:
         group = self.host_optimizer.param_groups[self._group_index]
         progress = (self._num_steps + 1) / (self._warmup_steps + 1)
         return float(group["lr"]) * self._learning_rate_scale * min(1.0, progress)
+
+    def misses_clipping(self) -> bool:
+        """Returns whether the loop changes the host's gradients before its step, but not these.
+
+        A scaler changes them too, so that beside one nothing can be said.
+        """
+        return (
+            self._max_gradient_norm is None
+            and self._scaler is None
+            and self._gradients.host_was_changed()
+        )
 
     def collect(self) -> list[nn.Parameter]:
         """Makes the gradients since the last step those of the parameters, which are returned."""
@@ -235,6 +249,10 @@ class NewbornOptimizer:
             own = torch.full_like(theirs, rate) if isinstance(theirs, Tensor) else rate
             for group in self._optimizer.param_groups:
                 group.update(followed, lr=own)
+            if self._max_gradient_norm is not None:
+                if self._scaler is not None:
+                    self._scaler.unscale_(self._optimizer)
+                nn.utils.clip_grad_norm_(self._parameters, self._max_gradient_norm)
             if self._scaler is None:
                 self._optimizer.step()
             else:  # it unscales, and skips what has overflowed

@@ -125,6 +125,7 @@ class GraftProtocol:
         self._optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
         self._scaler = scaler
         self._config = config
+        self._warned = False  # that newborns are not clipped
         model.observers.append(self._on_transition)
 
     def close(self) -> None:
@@ -261,6 +262,7 @@ class GraftProtocol:
             # Parts of parameters do not tell by themselves whether the whole has a gradient.
             witnesses=[parameter for parameter in host if not is_part(parameter)],
             scaler=self._scaler,
+            max_gradient_norm=self._config.max_gradient_norm,
         )
 
     def state(self, names: Mapping[nn.Parameter, str]) -> list[LiveGraftState]:
@@ -367,6 +369,12 @@ class GraftProtocol:
         due = [o for o in (*grafts, *self._fossils.values()) if o.host_optimizer is optimizer]
         if self._ranks.is_shared:
             self._ranks.average_gradients([p for newborn in due for p in newborn.collect()])
+        if not self._warned and any(newborn.misses_clipping() for newborn in due):
+            self._warned = True
+            _log.warning(
+                "esper: the loop changes gradients before the optimizer steps, as clipping does, "
+                "but newborn seeds are not clipped by it: set GraftConfig.max_gradient_norm"
+            )
         for newborn in due:
             newborn.step()
         if optimizer is not first:

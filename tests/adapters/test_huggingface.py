@@ -73,7 +73,7 @@ def _callback(plane: str, mode: str = "async") -> object:
     )
 
 
-def test_a_seed_lives_through_a_training(tmp_path: Path) -> None:
+def test_a_seed_lives_through_a_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = esper.wrap(Classifier(), "auto", seeds_per_layer=1)
     with EmbeddedPlane() as plane:
         callback = _callback(plane.address, "lockstep")
@@ -83,6 +83,7 @@ def test_a_seed_lives_through_a_training(tmp_path: Path) -> None:
     assert [event.after for event in history.events][:3] == ["GERMINATED", "TRAINING", "GRAFTING"]
     assert history.epochs[-1].held_out_loss < history.epochs[0].held_out_loss
     assert not model.observers, "the session is closed"
+    assert "max_gradient_norm" not in caplog.text, "newborns are clipped as the trainer clips"
 
 
 def test_without_a_plane_the_training_is_the_plain_one_bit_for_bit(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def _callback(plane: str, mode: str = "async") -> object:
     )
 
 
-def test_a_seed_lives_through_a_fit(tmp_path: Path) -> None:
+def test_a_seed_lives_through_a_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = esper.wrap(TASK.host(0), "auto", seeds_per_layer=1)
     with EmbeddedPlane() as plane:
         callback = _callback(plane.address, "lockstep")
@@ -74,6 +74,7 @@ def test_a_seed_lives_through_a_fit(tmp_path: Path) -> None:
     assert [event.after for event in history.events][:3] == ["GERMINATED", "TRAINING", "GRAFTING"]
     assert history.epochs[-1].train_loss < history.epochs[0].train_loss
     assert not model.observers, "the session is closed"
+    assert "max_gradient_norm" not in caplog.text, "newborns are clipped as the trainer clips"
 
 
 def test_without_a_plane_the_fit_is_the_plain_one_bit_for_bit(tmp_path: Path) -> None:

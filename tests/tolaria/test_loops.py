@@ -1,5 +1,6 @@
 """Newborns in loops of every make: what is done to gradients between backward and step."""
 
+import math
 from collections.abc import Callable
 from collections.abc import Iterator
 
@@ -33,13 +34,14 @@ class Run:
         *,
         scaler: GradScaler | None = None,
         born: bool = True,
+        config: GraftConfig | None = None,
     ) -> None:
         torch.manual_seed(0)
         host = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
         self.model = esper.wrap(host, ["0", "2"], seeds_per_layer=1)
         self.optimizers = optimizers(self.model)
         self.scaler = scaler or GradScaler("cpu", enabled=False)
-        self.protocol = GraftProtocol(self.model, self.optimizers, GraftConfig(), scaler)
+        self.protocol = GraftProtocol(self.model, self.optimizers, config or GraftConfig(), scaler)
         for optimizer in self.optimizers:
             optimizer.register_step_post_hook(lambda user, *_: self.protocol.on_step(user))
         for slot in ("0", "2") if born else ():
@@ -182,6 +184,56 @@ def test_clipping_means_the_host_alone(of: str) -> None:
     clipping(bare, iter(list(_batches())[:4]))
     for name, value in bare.model.host.state_dict().items():
         assert torch.equal(grown.model.host.state_dict()[name], value), name
+
+
+def _clipping_the_host(run: Run, batches: Iterator[Tensor]) -> None:
+    for x in batches:
+        run.zero_grad()
+        run.scaler.scale(run.loss(x)).backward()  # type: ignore[no-untyped-call]
+        for optimizer in run.optimizers:
+            run.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(run.model.parameters(), 0.1)
+        run.step()
+
+
+def _steepest(model: nn.Module) -> list[Optimizer]:
+    return [SGD(model.parameters(), lr=0.02)]
+
+
+def test_newborns_have_a_clip_of_their_own() -> None:
+    config = GraftConfig(max_gradient_norm=0.1, warmup_steps=0)
+    run = Run(_steepest, config=config)
+    _plain(run, iter([next(_batches())]))  # the first step lets them begin
+    for x in list(_batches())[:3]:
+        seeds = [run.model.seed_parameters(slot, 0) for slot in ("0", "2")]
+        before = [[p.detach().clone() for p in seed] for seed in seeds]
+        _plain(run, iter([x * 10.0]))
+        for seed, values in zip(seeds, before, strict=True):
+            moved = [p.detach() - value for p, value in zip(seed, values, strict=True)]
+            assert float(nn.utils.get_total_norm(moved)) == pytest.approx(0.02 * 0.1, rel=1e-3)
+    scaled = Run(_steepest, config=config, scaler=GradScaler("cpu", init_scale=2.0**12))
+    plain = Run(_steepest, config=config)
+    _clipping_the_host(scaled, _batches())
+    _clipping_the_host(plain, _batches())
+    for a, b in zip(scaled.newborns(), plain.newborns(), strict=True):
+        assert torch.allclose(a, b, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("loop", "bound", "told"),
+    [
+        (_clipping_the_host, None, 1),
+        (_clipping_the_host, 1.0, 0),
+        (_clipping_the_host, math.inf, 0),
+        (_plain, None, 0),
+    ],
+)
+def test_a_loop_that_clips_is_told_that_newborns_are_not(
+    loop: Loop, bound: float | None, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(_two, config=GraftConfig(max_gradient_norm=bound))
+    loop(run, _batches())
+    assert caplog.text.count("set GraftConfig.max_gradient_norm") == told
 
 
 def test_a_grad_scaler_changes_nothing_but_the_batches_that_overflow() -> None:
