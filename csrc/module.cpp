@@ -94,6 +94,7 @@ void bind_seed_bank(py::module_& m) {
             b.set_drift(b.index(slot, seed), cosine, norm);
           },
           py::arg("slot"), py::arg("seed"), py::arg("cosine"), py::arg("norm"))
+      .def("drift_ramps", &SeedBank::drift_ramps, py::arg("slot"))
       .def(
           "set_alpha",
           [](SeedBank& b, std::int64_t slot, std::int64_t seed, double alpha) {

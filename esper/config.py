@@ -4,6 +4,7 @@
 an error names the field, the value and the rule.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
@@ -112,7 +113,17 @@ class GraftConfig:
         training_steps: Length of the isolated warm-up, in optimizer steps. 0 skips it.
         ramp_steps: Length of the alpha ramp, in optimizer steps; at least 1.
         ramp: Curve of the ramp: ``linear``, ``cosine``, ``sigmoid`` or ``drift``; ``none`` puts the
-            seed in at alpha 1, where it trains with the host for ``ramp_steps``.
+            seed in at alpha 1, where it trains with the host for ``ramp_steps``. ``drift`` is
+            linear, but waits for the host: see ``drift_tolerance``.
+        drift_tolerance: Drift of the host's output in the seed's slot at which a ramp of kind
+            ``drift`` moves at half its speed; above 0. The ramp moves by 1 / (1 + drift /
+            tolerance) of a step in each step. Drift has no unit: the output's profile (mean and
+            root mean square of each feature over the tokens of the step) is held against its
+            exponential mean over about ten steps since the ramp began; one minus the cosine between
+            the two (0 to 2) and the part of its length that it gained or lost (0 to 1) are added.
+            At 0.1 the profile is 10 % longer, or turned by 26 degrees. What the choice of the
+            batch alone moves counts as well. The slowest ramp takes 1 + 3 / tolerance times
+            ``ramp_steps``.
         stabilization_steps: Steps at alpha 1 with the seed held still before its trial.
         fine_tuning_steps: Steps that seed and host train together between a passed trial and
             fossilisation. 0 fossilises at once.
@@ -132,6 +143,7 @@ class GraftConfig:
     training_steps: int = 20
     ramp_steps: int = 20
     ramp: str = "cosine"
+    drift_tolerance: float = 0.1
     stabilization_steps: int = 10
     fine_tuning_steps: int = 0
     learning_rate_scale: float = 1.0
@@ -151,6 +163,12 @@ class GraftConfig:
         )
         curves = ("linear", "cosine", "sigmoid", "drift", "none")
         _require(self.ramp in curves, "ramp", self.ramp, f"it must be one of {', '.join(curves)}")
+        _require(
+            0 < self.drift_tolerance < math.inf,
+            "drift_tolerance",
+            self.drift_tolerance,
+            "it must be finite and above 0",
+        )
         _require(
             self.learning_rate_scale > 0,
             "learning_rate_scale",

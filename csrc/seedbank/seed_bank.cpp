@@ -191,6 +191,19 @@ void SeedBank::set_drift(std::size_t i, double cosine, double norm) {
   drift_norm_[i] = norm;
 }
 
+std::vector<std::int64_t> SeedBank::drift_ramps(std::int64_t slot) const {
+  const auto s = checked_slot(slot);
+  std::vector<std::int64_t> seeds;
+  for (auto i = static_cast<std::size_t>(first_[s]); i < static_cast<std::size_t>(first_[s + 1]); ++i) {
+    const bool under_way =
+        state(i) == State::kGrafting && !held_[i] && elapsed_[i] < static_cast<double>(steps_[i]);
+    if (under_way && kind_[i] == static_cast<std::uint8_t>(ScheduleKind::kDrift)) {
+      seeds.push_back(static_cast<std::int64_t>(i) - first_[s]);
+    }
+  }
+  return seeds;
+}
+
 void SeedBank::set_alpha(std::size_t i, double alpha) {
   if (state(i) != State::kGrafting) {
     refuse("alpha can be set in GRAFTING only; the seed is ", name_of(state(i)));

@@ -37,7 +37,11 @@ class SeedBank {
 
   void set_schedule(std::size_t i, std::string_view kind, std::int64_t steps, double start, double end,
                     double tolerance);
+  // Says how far the host's output has moved lately, where the seed sits; its drift-controlled ramp heeds it.
   void set_drift(std::size_t i, double cosine, double norm);
+  // The seeds of a slot whose drift-controlled ramp is under way. Throws std::invalid_argument for a slot
+  // that does not exist.
+  std::vector<std::int64_t> drift_ramps(std::int64_t slot) const;
   void set_alpha(std::size_t i, double alpha);
   void set_frozen(std::size_t i, bool frozen);
   void set_muted(std::size_t i, bool muted);

@@ -2,8 +2,6 @@
 
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
 from functools import partial
 
 import torch
@@ -14,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from esper import _C
 from esper.blueprints import ReferenceModule
 from esper.common.v1 import kernel_pb2
+from esper.kasmina.drift import DriftMeter
 from esper.kasmina.grafts import Graft
 from esper.kasmina.growth import GrowthProbe
 from esper.kasmina.inlets import Inlet
@@ -35,28 +34,10 @@ from esper.kasmina.sites import block_channel_axis
 from esper.kasmina.sites import chunk_bounds
 from esper.kasmina.sites import is_linear
 from esper.kasmina.telemetry import SlotTelemetry
+from esper.kasmina.work import SlotWork
 
 _ROW = _C.PLAN_FIELDS.index("row")
 _SOURCE = _C.PLAN_FIELDS.index("source")  # 0: the output
-
-
-@dataclass(slots=True)
-class _Work:
-    """What the seeds of a slot compute; made anew on lifecycle events only.
-
-    Attributes:
-        plan: Plan of the seeds that the operator computes.
-        native: Those seeds.
-        graphs: Seeds that the interpreter computes.
-        grafts: What the native seeds hold.
-        reads_input: Whether a seed reads the slot's input.
-    """
-
-    plan: list[int] = field(default_factory=list)
-    native: list[int] = field(default_factory=list)
-    graphs: list[int] = field(default_factory=list)
-    grafts: list[Graft] = field(default_factory=list)
-    reads_input: bool = False
 
 
 class KasminaLayer(nn.Module):
@@ -88,6 +69,7 @@ class KasminaLayer(nn.Module):
         bounds: Half-open feature range of each seed's chunk; empty until the width is known.
         grafts: The planted kernels by seed.
         telemetry: What the slot has shown; None until the width is known.
+        drift: Measures how far the host's output moves; None unless a seed's ramp asks for it.
         calls: How often the slot ran.
         missed_steps: Training forwards in which seeds should have computed and did not.
     """
@@ -108,6 +90,7 @@ class KasminaLayer(nn.Module):
         self._planted: dict[int, Graft] = {}  # the same, found faster
         self._interpreted: list[int] = []  # seeds whose kernel is a graph
         self.telemetry: SlotTelemetry | None = None
+        self.drift: DriftMeter | None = None
         self.calls = 0
         self.missed_steps = 0
         self._site = (site.module,)  # in a tuple: the host owns its modules, the layer does not
@@ -117,7 +100,7 @@ class KasminaLayer(nn.Module):
         self._seen_dtype: torch.dtype | None = None
         self._seen_device: torch.device | None = None
         self._states = [SeedLifecycleState.DORMANT] * num_seeds
-        self._work = _Work()
+        self._work = SlotWork()
         self._handle: RemovableHandle | None = None
         self._sampled_step: SampledStep | None = None
         self._num_rows = 0  # of the forward that runs
@@ -269,6 +252,14 @@ class KasminaLayer(nn.Module):
         )
         self._update_hook()
 
+    def watch_drift(self, wanted: bool) -> None:
+        """Measures the drift of the host's output from the next training forward on, or no more."""
+        if not wanted:
+            self.drift = None
+        elif self.drift is None:
+            assert self.width is not None
+            self.drift = DriftMeter(self.width, self.device)
+
     def begin_observation(self, sampled_step: SampledStep | None) -> None:
         """Lets the coming forward be seen, so that the slot learns its shape.
 
@@ -353,6 +344,8 @@ class KasminaLayer(nn.Module):
             )
         if not traced:
             self._num_rows += h.numel() // h.shape[-1]
+        if self.drift is not None and self.training and torch.is_grad_enabled():
+            self.drift.take(h)
         if x is not None:
             x = self._aligned_input(x, host, h) if self._work.reads_input or sampled else None
         y, stats = self._blend(h, x, sampled)

@@ -1,7 +1,6 @@
 """The wrapped model: everything that may be done to a seed."""
 
 import contextlib
-import hashlib
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -19,13 +18,13 @@ from esper.blueprints import check_kernel
 from esper.blueprints import get
 from esper.blueprints import kernel_digest
 from esper.blueprints import lower
-from esper.blueprints import weights_to_bytes
 from esper.blueprints.init import torch_dtype
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
 from esper.common.v1 import lifecycle_pb2
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.comparison import Original
+from esper.kasmina.drift import DEFAULT_TOLERANCE
 from esper.kasmina.folding import fold
 from esper.kasmina.grafts import Graft
 from esper.kasmina.grafts import check_fit
@@ -36,6 +35,7 @@ from esper.kasmina.lifecycle import Transition
 from esper.kasmina.places import place_of
 from esper.kasmina.places import signature_of
 from esper.kasmina.prepared import PreparedKernel
+from esper.kasmina.prepared import come_with
 from esper.kasmina.sites import Site
 from esper.kasmina.sites import SlotState
 from esper.kasmina.slotted import SlottedModel
@@ -179,7 +179,7 @@ class MorphableModel(SlottedModel):
         digest = self.kernel_cache.digest(kernel)
         prepared = self.kernel_cache.get(digest)
         if prepared is None:
-            own = weights if _are_the_kernels(weights, kernel) else None
+            own = weights if come_with(weights, kernel) else None
             prepared = PreparedKernel.of(kernel, digest, own)
         check_fit(kernel, signature)
         check_target(kernel, signature, layer.output_axes)
@@ -244,13 +244,15 @@ class MorphableModel(SlottedModel):
 
     def set_schedule(self, slot: str, seed: int, schedule: lifecycle_pb2.AlphaSchedule) -> None:
         """Sets how alpha moves while the seed is GRAFTING; a running ramp starts anew."""
-        if schedule.kind not in _SCHEDULES:
+        kind = _SCHEDULES.get(schedule.kind)
+        if kind is None:
             raise ValueError(f"schedule.kind is {schedule.kind}, but it must be a known kind")
         end = schedule.end if schedule.HasField("end") else 1.0
+        given = schedule.HasField("drift_tolerance")
+        tolerance = schedule.drift_tolerance if given else DEFAULT_TOLERANCE
         with self._naming(slot, seed) as at:
-            self._bank.set_schedule(
-                *at, _SCHEDULES[schedule.kind], schedule.steps, schedule.start, end
-            )
+            self._bank.set_schedule(*at, kind, schedule.steps, schedule.start, end, tolerance)
+        self._watch_drift(self._layers[at[0]])
 
     def fold(self, slot: str, seed: int, reason: str = "") -> list[nn.Parameter]:
         """Makes a fossil part of the weight of its slot's module, where it costs nothing any more.
@@ -325,6 +327,7 @@ class MorphableModel(SlottedModel):
         Returns:
             (slot, seed) of each seed whose alpha schedule came to its end in this step.
         """
+        self._measure_drift()
         completed = [self._seeds[index] for index in self._bank.tick()]
         for slot, seed in list(self._emptied):
             if self._bank.embargo_remaining(*self._at(slot, seed)) == 0:
@@ -388,6 +391,8 @@ class MorphableModel(SlottedModel):
         self.revision += 1
         for layer in self._layers:
             self._switch(layer)
+            layer.watch_drift(False)  # what it has measured belongs to another past
+            self._watch_drift(layer)
 
     def _check_dormant(self) -> None:
         for slot, seed in self._seeds:
@@ -475,6 +480,8 @@ class MorphableModel(SlottedModel):
         self.revision += 1
         if before.computes != after.computes:
             self._switch(layer)
+        if SeedLifecycleState.GRAFTING in (before, after):
+            self._watch_drift(layer)
         self._tell(Transition(slot, seed, before, after, digest, reason))
 
     def _tell(self, transition: Transition) -> None:
@@ -489,10 +496,3 @@ class MorphableModel(SlottedModel):
             yield at
         except ValueError as error:
             raise ValueError(f"slot {slot!r}, seed {seed}: {error}") from error
-
-
-def _are_the_kernels(weights: Mapping[str, Tensor] | None, kernel: kernel_pb2.Kernel) -> bool:
-    """Whether weights are those that a kernel names, and not those of one of its grafts."""
-    if weights is None or not kernel.HasField("weights"):
-        return False
-    return hashlib.sha256(weights_to_bytes(weights)).hexdigest() == kernel.weights.hash

@@ -1,7 +1,9 @@
 """Kernels ready to be planted: whatever costs time is done once for each."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Self
 
@@ -10,6 +12,7 @@ from torch import Tensor
 from esper import _C
 from esper.blueprints import check_kernel
 from esper.blueprints import kernel_digest
+from esper.blueprints import weights_to_bytes
 from esper.blueprints.kernels import Computation
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
@@ -24,6 +27,10 @@ _ACTIVATIONS = {
     kernel_pb2.ACTIVATION_SILU: "silu",
     kernel_pb2.ACTIVATION_TANH: "tanh",
 }
+
+_WithHidden = (
+    kernel_pb2.BottleneckLowering | kernel_pb2.SqueezeExciteLowering | kernel_pb2.DepthwiseLowering
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +113,15 @@ def encode(kernel: kernel_pb2.Kernel) -> bytes:
     return kernel.SerializeToString(deterministic=True)
 
 
+def come_with(weights: Mapping[str, Tensor] | None, kernel: kernel_pb2.Kernel) -> bool:
+    """Whether weights are those that a kernel names, and not those of one of its grafts."""
+    if weights is None or not kernel.HasField("weights"):
+        return False
+    return hashlib.sha256(weights_to_bytes(weights)).hexdigest() == kernel.weights.hash
+
+
 def _native_record(kernel: kernel_pb2.Kernel) -> tuple[int, ...] | None:
-    signature = kernel.signature
+    signature, family = kernel.signature, kernel.WhichOneof("lowering")
     plan = partial(
         SeedPlan,
         row=0,
@@ -115,37 +129,29 @@ def _native_record(kernel: kernel_pb2.Kernel) -> tuple[int, ...] | None:
         width=signature.chunk_width,
         source="input" if signature.source == blueprint_pb2.SEED_SOURCE_INPUT else "output",
         first_param=0,
+        family=str(family),
     )
-    match kernel.WhichOneof("lowering"):
+
+    def with_hidden(lowering: _WithHidden, rank: int) -> SeedPlan:
+        return plan(
+            activation=_ACTIVATIONS[lowering.activation],
+            rank=rank,
+            hidden_bias=lowering.bias_in,
+            output_bias=lowering.bias_out,
+        )
+
+    match family:
         case "affine":
-            record = plan(family="affine", output_bias=kernel.affine.bias)
+            record = plan(output_bias=kernel.affine.bias)
         case "squeeze_excite":
-            record = plan(
-                family="squeeze_excite",
-                activation=_ACTIVATIONS[kernel.squeeze_excite.activation],
-                rank=kernel.squeeze_excite.rank,
-                hidden_bias=kernel.squeeze_excite.bias_in,
-                output_bias=kernel.squeeze_excite.bias_out,
-            )
+            record = with_hidden(kernel.squeeze_excite, kernel.squeeze_excite.rank)
         case "depthwise":
-            record = plan(
-                family="depthwise",
-                activation=_ACTIVATIONS[kernel.depthwise.activation],
-                rank=signature.source_width,
-                hidden_bias=kernel.depthwise.bias_in,
-                output_bias=kernel.depthwise.bias_out,
-                window=kernel.depthwise.window,
-            )
+            record = with_hidden(kernel.depthwise, signature.source_width)
+            record = replace(record, window=kernel.depthwise.window)
         case "bottleneck":
-            record = plan(
-                family="bottleneck",
-                activation=_ACTIVATIONS[kernel.bottleneck.activation],
-                rank=kernel.bottleneck.rank,
-                gated=kernel.bottleneck.gated,
-                hidden_bias=kernel.bottleneck.bias_in,
-                gate_bias=kernel.bottleneck.bias_gate,
-                output_bias=kernel.bottleneck.bias_out,
-            )
+            own = kernel.bottleneck
+            record = with_hidden(own, own.rank)
+            record = replace(record, gated=own.gated, gate_bias=own.bias_gate)
         case _:  # a graph, or nothing to compute
             return None
     return tuple(int(field) for field in record.pack())

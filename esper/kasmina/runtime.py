@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from esper.kasmina.drift import DriftState
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.sampling import SamplerState
 from esper.kasmina.telemetry import TelemetryState
@@ -26,6 +27,7 @@ class SlotRuntime:
         tokens_per_sample: Rows of its output for each sample; None before the first forward.
         first_input_feeds: Whether seeds read the module's very first input.
         telemetry: What it has shown; None until the width is known.
+        drift: How far its drift-controlled ramps have measured; None where none is under way.
     """
 
     output_axes: int | None
@@ -34,6 +36,7 @@ class SlotRuntime:
     tokens_per_sample: float | None
     first_input_feeds: bool
     telemetry: TelemetryState | None
+    drift: DriftState | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ def runtime_of(layer: KasminaLayer) -> SlotRuntime:
         layer.tokens_per_sample,
         layer.inlet.reads_first,
         None if layer.telemetry is None else layer.telemetry.state(),
+        None if layer.drift is None else layer.drift.state(),
     )
 
 
@@ -77,6 +81,8 @@ def resume_slot(layer: KasminaLayer, runtime: SlotRuntime) -> None:
     layer.calls, layer.missed_steps = runtime.calls, runtime.missed_steps
     layer.tokens_per_sample = runtime.tokens_per_sample
     layer.inlet.reads_first = runtime.first_input_feeds
+    if layer.drift is not None:
+        layer.drift.resume(runtime.drift)
     if runtime.telemetry is not None:
         resume_telemetry(layer, runtime.telemetry)
 

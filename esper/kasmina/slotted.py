@@ -341,6 +341,14 @@ class SlottedModel(nn.Module):
             return None
         return telemetry.last_growth.directions(seed, source)
 
+    def drift_sums(self) -> list[Tensor]:
+        """Returns what drift-controlled ramps go by in the coming ``tick``, float64 vectors.
+
+        Processes that train on parts of one batch add theirs up in place before it, so that their
+        ramps stay equal; a session does.
+        """
+        return [layer.drift.sums for layer in self._layers if layer.drift is not None]
+
     def runtime(self) -> ModelRuntime:
         """Returns what the model has lived through; call it between steps."""
         slots = {name: runtime_of(layer) for name, layer in self.slots.items()}
@@ -371,6 +379,20 @@ class SlottedModel(nn.Module):
                 resume_telemetry(layer, pooled(seen))
 
     # ---------------------------------------------------------------- helpers
+
+    def _watch_drift(self, layer: KasminaLayer) -> None:
+        """Lets a slot measure its drift while a ramp there is controlled by it."""
+        layer.watch_drift(bool(self._bank.drift_ramps(self._slot_index[layer.name])))
+
+    def _measure_drift(self) -> None:
+        """Tells the bank how far outputs have drifted; a step without any keeps the last figure."""
+        for position, layer in enumerate(self._layers):
+            if layer.drift is None:
+                continue
+            drift = layer.drift.measure()
+            for seed in self._bank.drift_ramps(position):
+                if drift is not None:
+                    self._bank.set_drift(position, seed, *drift)
 
     def _switch(self, layer: KasminaLayer) -> None:
         """Lets a slot compute what the bank says from the next forward on."""

@@ -31,7 +31,9 @@ def _ramp(defaults: GraftConfig) -> lifecycle_pb2.AlphaSchedule:
     if defaults.ramp == "none":
         return lifecycle_pb2.AlphaSchedule(steps=defaults.ramp_steps, start=1.0, end=1.0)
     kind = f"ALPHA_SCHEDULE_KIND_{defaults.ramp.upper()}"
-    return lifecycle_pb2.AlphaSchedule(kind=kind, steps=defaults.ramp_steps)
+    return lifecycle_pb2.AlphaSchedule(
+        kind=kind, steps=defaults.ramp_steps, drift_tolerance=defaults.drift_tolerance
+    )
 
 
 def rest_of_ramp(plan: controller_pb2.GraftPlan, alpha: float) -> lifecycle_pb2.AlphaSchedule:
@@ -52,7 +54,10 @@ def rest_of_ramp(plan: controller_pb2.GraftPlan, alpha: float) -> lifecycle_pb2.
 
 
 def plan_steps(plan: controller_pb2.GraftPlan) -> int:
-    """Returns the optimizer steps from germination until the seed is due for its trial."""
+    """Returns the optimizer steps from germination until the seed is due for its trial.
+
+    A drift-controlled ramp may take more.
+    """
     return plan.training_steps + plan.alpha.steps + plan.stabilization_steps + 1
 
 

@@ -381,6 +381,8 @@ class GraftProtocol:
             return
         for graft in self.live.values():
             graft.stage_steps += 1
+        for sums in self._model.drift_sums():
+            self._ranks.add_up(sums)
         completed = set(self._model.tick())
         for graft in list(self.live.values()):
             self._advance(graft, ramp_complete=graft.key in completed)

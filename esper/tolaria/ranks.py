@@ -121,6 +121,17 @@ class Ranks:
             distributed.all_reduce(total, group=self.group)
         return [float(value) for value in total]
 
+    def add_up(self, tensor: Tensor) -> None:
+        """Replaces a tensor by its sum over all ranks, the same bits on each.
+
+        Args:
+            tensor: Of the same shape and type on every rank.
+        """
+        if self.group is not None:
+            total = tensor.cpu()
+            distributed.all_reduce(total, group=self.group)
+            tensor.copy_(total)
+
     def differ(self, text: str) -> bool:
         """Returns whether any rank says another text than rank 0 does."""
         if self.group is None:

@@ -22,6 +22,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import esper
+from esper.blueprints import get
+from esper.blueprints import lower
+from esper.common.v1 import blueprint_pb2
 from esper.config import Candidate
 from esper.config import EsperConfig
 from esper.config import GraftConfig
@@ -33,6 +36,8 @@ from esper.tolaria import tasks
 from esper.tolaria.agreement import check_steps
 from esper.tolaria.agreement import check_structure
 from esper.tolaria.evaluation import sample_losses
+from esper.tolaria.plans import complete_plan
+from esper.tolaria.protocol import GraftProtocol
 from esper.tolaria.ranks import Ranks
 from esper.tolaria.runs.processes import joined
 
@@ -171,6 +176,39 @@ def join(plane: str, folder: Path, rank: int) -> None:
     train(model, DistributedDataParallel(model), plane, folder / "joined", rank=rank, size=2)
 
 
+def ramp_together(ranks: Ranks) -> None:
+    """Brings a seed in while the ranks see different outputs of one host that moves."""
+    torch.manual_seed(0)
+    model = esper.wrap(nn.Sequential(nn.Linear(6, 8)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = GraftConfig(
+        training_steps=0, ramp_steps=10, ramp="drift", drift_tolerance=0.05, stabilization_steps=0
+    )
+    protocol = GraftProtocol(model, optimizer, config, ranks=ranks)
+    kernel = lower(get("lora"), model.signature("0", 0, blueprint_pb2.SEED_SOURCE_OUTPUT))
+    protocol.germinate("0", 0, "kernels/lora", kernel, None, complete_plan(None, config), "")
+    alphas = []
+    for step in range(7):
+        with torch.no_grad():
+            model.host[0].weight.mul_(1.0 + 0.1 * step)
+        inputs = torch.randn(5 + ranks.rank, 6, generator=torch.Generator().manual_seed(ranks.rank))
+        model(inputs + ranks.rank)
+        own = [sums.clone() for sums in model.drift_sums()]
+        protocol.on_step()
+        alphas.append(model.alpha("0", 0))
+    assert not torch.equal(ranks_mean(own[0]), own[0]), "each rank sees its own part"
+    totals = ranks.sum(alphas)
+    assert totals == [2 * alpha for alpha in alphas], "and yet both ramp alike, to the bit"
+    assert 0 < alphas[-1] < 0.5
+
+
+def ranks_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of the ranks' tensors."""
+    total = tensor.clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
+
+
 def disagree(folder: Path, rank: int) -> None:
     """Lets the ranks differ, and writes down what each is told of it."""
     ranks = Ranks()
@@ -194,6 +232,7 @@ def disagree(folder: Path, rank: int) -> None:
     if rank == 1:
         one.grad = torch.tensor([4.0, 8.0])
     ranks.average_gradients([both, one, none])
+    ramp_together(ranks)
     assert both.grad.tolist() == [1.5, 3.0]
     assert one.grad is not None and one.grad.tolist() == [2.0, 4.0]
     assert none.grad is None

@@ -34,7 +34,9 @@ from esper.tolaria.checkpoint import read_checkpoint
 TASK = tasks.get("digits")
 CONFIG = EsperConfig(
     candidates=(Candidate(blueprint="widen", ranks=(4, 8)),),
-    graft=GraftConfig(training_steps=5, ramp_steps=10, stabilization_steps=3),
+    graft=GraftConfig(
+        training_steps=5, ramp_steps=10, ramp="drift", drift_tolerance=0.5, stabilization_steps=3
+    ),
     telemetry_interval=4,
 )
 EPOCHS = 6

@@ -207,30 +207,19 @@ ESPER_WARP Left<E> first_row_of_ones() {
   return {{one, 0, one, 0}};
 }
 
-ESPER_WARP void multiply(Sums& sums, const Left<BFloat16>& left, const Right<BFloat16>& right) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(sums.of[0]), "+f"(sums.of[1]), "+f"(sums.of[2]), "+f"(sums.of[3])
-      : "r"(left.words[0]), "r"(left.words[1]), "r"(left.words[2]), "r"(left.words[3]), "r"(right.words[0]),
-        "r"(right.words[1]));
-}
-ESPER_WARP void multiply(Sums& sums, const Left<Half>& left, const Right<Half>& right) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(sums.of[0]), "+f"(sums.of[1]), "+f"(sums.of[2]), "+f"(sums.of[3])
-      : "r"(left.words[0]), "r"(left.words[1]), "r"(left.words[2]), "r"(left.words[3]), "r"(right.words[0]),
-        "r"(right.words[1]));
-}
-ESPER_WARP void multiply(Sums& sums, const Left<float>& left, const Right<float>& right) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(sums.of[0]), "+f"(sums.of[1]), "+f"(sums.of[2]), "+f"(sums.of[3])
-      : "r"(left.words[0]), "r"(left.words[1]), "r"(left.words[2]), "r"(left.words[3]), "r"(right.words[0]),
-        "r"(right.words[1]));
-}
+// sums += left * right. The types differ in nothing but the name of the instruction.
+#define ESPER_MULTIPLY(E, shape_and_types)                                                               \
+  ESPER_WARP void multiply(Sums& sums, const Left<E>& left, const Right<E>& right) {                     \
+    asm volatile("mma.sync.aligned." shape_and_types                                                     \
+                 " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                \
+                 : "+f"(sums.of[0]), "+f"(sums.of[1]), "+f"(sums.of[2]), "+f"(sums.of[3])                \
+                 : "r"(left.words[0]), "r"(left.words[1]), "r"(left.words[2]), "r"(left.words[3]),       \
+                   "r"(right.words[0]), "r"(right.words[1]));                                            \
+  }
+ESPER_MULTIPLY(BFloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+ESPER_MULTIPLY(Half, "m16n8k16.row.col.f32.f16.f16.f32")
+ESPER_MULTIPLY(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef ESPER_MULTIPLY
 
 // visit(row, column, value, index of the row in a PerRow) for every sum that this thread holds.
 template <class Visit>
