@@ -75,6 +75,8 @@ def drain_signals(
             signal.alpha = bank.alpha(slot, seed)
         if flops is not None:
             signal.host_flops_per_token = flops
+        if layer.tokens_per_sample is not None:
+            signal.tokens_per_sample = layer.tokens_per_sample
         # Only the ramp's length is known here; the session plans the other stages.
         ramp_done = bool(bank.progress()[bank.index(slot, seed)] >= 1.0)
         signal.ready_for_transition = state == SeedLifecycleState.GRAFTING and ramp_done

@@ -218,7 +218,7 @@ class Heuristic:
             for record in self._kernels(site.signature)
             if (not wanted or record.name in wanted)
             and 0 < record.kernel.parameter_count <= limit
-            and self._affordable(observation, record)
+            and self._affordable(observation, site.signal, record)
         ]
         if not fitting:
             return None
@@ -232,14 +232,18 @@ class Heuristic:
         )
 
     def _affordable(
-        self, observation: controller_pb2.Observation, record: library_pb2.KernelRecord
+        self,
+        observation: controller_pb2.Observation,
+        signal: signal_pb2.HealthSignal,
+        record: library_pb2.KernelRecord,
     ) -> bool:
         budget = observation.budget
         if not budget.HasField("max_flops_per_sample"):
             return True
-        if not observation.HasField("flops_per_sample"):
+        if not (observation.HasField("flops_per_sample") and signal.HasField("tokens_per_sample")):
             return False  # unmeasured is not affordable
-        cost = observation.flops_per_sample + record.kernel.flops_per_token
+        added = record.kernel.flops_per_token * signal.tokens_per_sample
+        cost = observation.flops_per_sample + added
         return bool(cost <= budget.max_flops_per_sample)
 
     def _germinate(

@@ -79,6 +79,7 @@ def test_dormant_chunks_are_measured_on_every_sampled_step():
         check_chunk(signal, seen[slot], *model.slots[slot].bounds[seed])
         assert signal.epoch == 7 and signal.state == lifecycle_pb2.SEED_STATE_DORMANT
         assert signal.host_flops_per_token == {"0": 96, "2": 64}[slot]
+        assert signal.tokens_per_sample == 1.0
         for field in ("alpha", "num_nonfinite_rows", "relative_energy", "weight_gradient_norm"):
             assert not signal.HasField(field)
         assert signal.kernel == "" and not signal.ready_for_transition
@@ -157,7 +158,10 @@ def test_before_the_first_forward_nothing_is_measured():
     model = wrap(nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.ReLU())), "0")
     signal, *others = model.collect_signals(0)
     assert len(others) == 3
-    assert not signal.HasField("num_samples") and not signal.HasField("host_flops_per_token")
+    for field in ("num_samples", "host_flops_per_token", "tokens_per_sample"):
+        assert not signal.HasField(field)
+    model(torch.randn(5, 7, 6))
+    assert all(signal.tokens_per_sample == 7.0 for signal in model.collect_signals(0))
 
 
 def test_a_large_mean_does_not_drown_the_variance():

@@ -141,11 +141,19 @@ def test_budgets_hold() -> None:
     assert int(decide(tight).kernel.removeprefix("kernels/"), 16) == 2
     tight.budget.max_parameters = 1010
     assert decide(tight).action == controller_pb2.ACTION_WAIT
+    scored[0].tokens_per_sample = 8.0
     dear = observation(scored, flops_per_sample=1000)
-    dear.budget.max_flops_per_sample = 1000 + 2 * 4 * 30
+    dear.budget.max_flops_per_sample = 1000 + 8 * 2 * 4 * 30
     assert int(decide(dear).kernel.removeprefix("kernels/"), 16) == 4
-    unmeasured = observation(scored)
+    dear.budget.max_flops_per_sample -= 1
+    assert int(decide(dear).kernel.removeprefix("kernels/"), 16) == 2
+
+
+@pytest.mark.parametrize("measured", ["flops_per_sample", "tokens_per_sample"])
+def test_what_was_not_measured_is_not_affordable(measured: str) -> None:
+    unmeasured = observation([signal("a", scores=[(INPUT, 4.0, 1.0)])])
     unmeasured.budget.max_flops_per_sample = 10**9
+    setattr(unmeasured if measured == "flops_per_sample" else unmeasured.signals[0], measured, 8)
     assert decide(unmeasured).action == controller_pb2.ACTION_WAIT
 
 
