@@ -26,6 +26,7 @@ from esper.services.serving.context import Service
 from esper.services.serving.context import ServiceContext
 from esper.services.serving.context import StartupError
 from esper.services.serving.interceptor import CallInterceptor
+from esper.services.serving.journal import CallJournal
 from esper.services.serving.limits import MAX_MESSAGE_BYTES
 from esper.services.serving.limits import ServerLimits
 from esper.services.serving.listening import bind
@@ -96,10 +97,10 @@ def make_data_dir(path: Path) -> None:
         raise StartupError(f"data directory {path} is not writable")
 
 
-def make_server(limits: ServerLimits) -> grpc.aio.Server:
+def make_server(limits: ServerLimits, journal: CallJournal) -> grpc.aio.Server:
     """Returns a server without ports and services, with the options that every server has."""
     return grpc.aio.server(
-        interceptors=[CallInterceptor(limits)],
+        interceptors=[CallInterceptor(limits, journal)],
         options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -147,7 +148,8 @@ async def serve(config: ServerConfig, stopping: asyncio.Event) -> None:
     if config.metrics is not None:
         LOG.info("metrics on port %d", metrics.expose(config.metrics))
     make_data_dir(config.data_dir)
-    server = make_server(config.limits)
+    journal = CallJournal()
+    server = make_server(config.limits, journal)
     address = bind(server, config.address)
     context = ServiceContext(
         config.data_dir, config.urza or str(address), stopping, config.store_limits
@@ -173,6 +175,7 @@ async def serve(config: ServerConfig, stopping: asyncio.Event) -> None:
         if watch is not None:
             watch.cancel()
         await server.stop(config.limits.drain_grace_s)
+        journal.write()
         for service in reversed(services):
             await service.close()
         if address.socket is not None:

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import lmdb
+from prometheus_client import Histogram
 
 from esper.services.serving import metrics
 from esper.services.serving.errors import ServiceError
@@ -66,6 +66,38 @@ class _Job:
     size_bytes: int
     future: "Future[object]"
     frees: bool
+
+
+class _Reading:
+    """One read. A class, as a generator for every read would cost a small call a hundredth."""
+
+    __slots__ = ("_directory", "_environment", "_gate", "_row", "_seconds", "_started_s")
+
+    def __init__(
+        self, environment: lmdb.Environment, gate: Gate, seconds: Histogram, directory: Path
+    ) -> None:
+        self._environment = environment
+        self._gate = gate
+        self._seconds = seconds
+        self._directory = directory
+
+    def __enter__(self) -> Row:
+        self._gate.enter()
+        try:
+            self._started_s = time.monotonic()
+            self._row = self._environment.begin()
+        except BaseException:
+            self._gate.leave()
+            raise
+        return self._row
+
+    def __exit__(self, *_: object) -> None:
+        self._row.abort()
+        self._gate.leave()
+        held_s = time.monotonic() - self._started_s
+        self._seconds.observe(held_s)
+        if held_s > LONG_READ_S:
+            LOG.warning("a read of %s held its snapshot for %.1f s", self._directory, held_s)
 
 
 class Store:
@@ -123,20 +155,12 @@ class Store:
         """Returns the handle of a table."""
         return self._tables[name]
 
-    @contextmanager
-    def reading(self) -> Iterator[Row]:
+    def reading(self) -> "_Reading":
         """Gives a snapshot to read from, to be left soon: it holds old pages and blocks growth.
 
-        Not to be nested, and not to be held while waiting for a caller.
+        A context manager. Not to be nested, and not to be held while waiting for a caller.
         """
-        with self._gate.reading():
-            started_s = time.monotonic()
-            with self._environment.begin() as row:
-                yield row
-        held_s = time.monotonic() - started_s
-        self._reads.observe(held_s)
-        if held_s > LONG_READ_S:
-            LOG.warning("a read of %s held its snapshot for %.1f s", self.directory, held_s)
+        return _Reading(self._environment, self._gate, self._reads, self.directory)
 
     def submit(
         self, work: Callable[[Row], T], size_bytes: int = 0, *, frees: bool = False
@@ -207,8 +231,11 @@ class Store:
             folder: Where to.
             compact: Leave free pages out; else the copy is page by page that of the store.
         """
-        with self._gate.reading():
+        self._gate.enter()
+        try:
             self._environment.copy(str(folder), compact=compact)
+        finally:
+            self._gate.leave()
 
     def close(self) -> None:
         """Finishes what was submitted, then releases the directory."""

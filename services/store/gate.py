@@ -9,24 +9,28 @@ class Gate:
     """Lets readers in and out, and shuts them out while one caller is alone."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        # Every read passes twice: through the lock itself, which is cheaper than its condition.
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._readers = 0
         self._shut = False
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Waits while someone is alone; not to be nested, as the inner would wait for the outer."""
-        with self._condition:
+    def enter(self) -> None:
+        """Lets a reader in, once nobody is alone.
+
+        Every `enter` needs one `leave`; not to be nested, as the inner would wait for the outer.
+        """
+        with self._lock:
             while self._shut:
                 self._condition.wait()
             self._readers += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._readers -= 1
-                if self._readers == 0:
-                    self._condition.notify_all()
+
+    def leave(self) -> None:
+        """Lets a reader out."""
+        with self._lock:
+            self._readers -= 1
+            if self._shut and self._readers == 0:
+                self._condition.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ from esper.services.serving.errors import require
 from esper.services.serving.errors import unavailable
 from esper.services.serving.errors import unimplemented
 from esper.services.serving.interceptor import CallInterceptor
+from esper.services.serving.journal import CallJournal
 from esper.services.serving.limits import ServerLimits
 from esper.services.serving.logs import FIELDS
 
@@ -100,7 +101,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     control: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     async def run() -> None:
-        server = grpc.aio.server(interceptors=[CallInterceptor(LIMITS)])
+        server = grpc.aio.server(interceptors=[CallInterceptor(LIMITS, CallJournal())])
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         server.add_insecure_port(place)
         await server.start()
