@@ -1,6 +1,6 @@
 """Client of Oona for asyncio: the calls of `esper.oona.client`, under the same names."""
 
-import uuid
+import asyncio
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -8,9 +8,12 @@ import grpc
 from google.protobuf.message import Message
 
 from esper.common.following import AsyncFollowing
+from esper.common.retries import pauses_s
+from esper.common.retries import was_away
 from esper.common.rpc import CALL_TIMEOUT_S
-from esper.common.rpc import packed
+from esper.common.rpc import RpcError
 from esper.common.rpc import readable_errors
+from esper.oona import requests
 from esper.oona.v1 import event_pb2
 from esper.oona.v1 import event_pb2_grpc
 
@@ -21,8 +24,6 @@ AsyncGroupSubscription: TypeAlias = AsyncFollowing[
     event_pb2.SubscribeResponse, event_pb2.SubscribeResponse
 ]
 """What one member of a consumer group is given, without end."""
-
-PAGE_SIZE = 200
 
 
 class AsyncOonaClient:
@@ -46,10 +47,8 @@ class AsyncOonaClient:
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> int:
         """Appends one event and returns its offset, once it is durable."""
-        request = event_pb2.PublishRequest(
-            topic=topic, key=key, body=packed(message), request_id=request_id
-        )
-        return (await self._publish([request], timeout_s))[0]
+        events = requests.publish(topic, [message], key, request_id)
+        return (await self._publish(events, timeout_s))[0]
 
     async def publish_many(
         self,
@@ -59,18 +58,20 @@ class AsyncOonaClient:
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> list[int]:
         """Appends events in order and returns their offsets, once all are durable."""
-        requests = [
-            event_pb2.PublishRequest(topic=topic, key=key, body=packed(message))
-            for message in messages
-        ]
-        return await self._publish(requests, timeout_s)
+        return await self._publish(requests.publish(topic, messages, key), timeout_s)
 
-    async def _publish(
-        self, requests: list[event_pb2.PublishRequest], timeout_s: float
-    ) -> list[int]:
-        with readable_errors():
-            responses = self._events.Publish(iter(requests), timeout=timeout_s)
-            return [response.offset async for response in responses]
+    async def _publish(self, events: list[event_pb2.PublishRequest], timeout_s: float) -> list[int]:
+        pauses = pauses_s()
+        while True:
+            try:
+                with readable_errors():
+                    responses = self._events.Publish(iter(events), timeout=timeout_s)
+                    return [response.offset async for response in responses]
+            except RpcError as error:
+                pause_s = next(pauses, None)
+                if pause_s is None or not was_away(error):
+                    raise
+            await asyncio.sleep(pause_s)
 
     async def subscribe(self, topic: str, start_offset: int | None = None) -> AsyncSubscription:
         """Returns the events of a topic from an offset on, then those that follow."""
@@ -89,12 +90,8 @@ class AsyncOonaClient:
         max_in_flight: int = 64,
     ) -> AsyncGroupSubscription:
         """Returns the events of a topic that fall to this member of a consumer group."""
-        request = event_pb2.SubscribeRequest(
-            topic=topic,
-            start_offset=start_offset,
-            group=group,
-            visibility_timeout_s=visibility_timeout_s,
-            max_in_flight=max_in_flight,
+        request = requests.subscribe_group(
+            topic, group, start_offset, visibility_timeout_s, max_in_flight
         )
         call = self._events.Subscribe(request)
         await call.initial_metadata()  # comes once the group's position is stored
@@ -111,17 +108,14 @@ class AsyncOonaClient:
         self, topic: str, max_age_s: float = 0.0, max_bytes: int = 0
     ) -> event_pb2.Topic:
         """Bounds what a topic keeps, and returns the topic."""
-        retention = event_pb2.Retention(max_age_s=max_age_s, max_bytes=max_bytes)
-        request = event_pb2.SetRetentionRequest(
-            topic=topic, retention=retention, request_id=str(uuid.uuid4())
-        )
+        request = requests.set_retention(topic, max_age_s, max_bytes)
         with readable_errors():
             return (await self._events.SetRetention(request, timeout=CALL_TIMEOUT_S)).topic
 
     async def list_topics(self) -> list[event_pb2.Topic]:
         """Returns every topic with its extent and its groups, by name."""
         topics: list[event_pb2.Topic] = []
-        request = event_pb2.ListTopicsRequest(page_size=PAGE_SIZE)
+        request = event_pb2.ListTopicsRequest(page_size=requests.PAGE_SIZE)
         while True:
             with readable_errors():
                 page = await self._events.ListTopics(request, timeout=CALL_TIMEOUT_S)

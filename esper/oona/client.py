@@ -1,6 +1,6 @@
 """Client of Oona: publish events and follow topics."""
 
-import uuid
+import time
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -8,9 +8,12 @@ import grpc
 from google.protobuf.message import Message
 
 from esper.common.following import Following
+from esper.common.retries import pauses_s
+from esper.common.retries import was_away
 from esper.common.rpc import CALL_TIMEOUT_S
-from esper.common.rpc import packed
+from esper.common.rpc import RpcError
 from esper.common.rpc import readable_errors
+from esper.oona import requests
 from esper.oona.v1 import event_pb2
 from esper.oona.v1 import event_pb2_grpc
 
@@ -20,13 +23,13 @@ Subscription: TypeAlias = Following[event_pb2.SubscribeResponse, event_pb2.Event
 GroupSubscription: TypeAlias = Following[event_pb2.SubscribeResponse, event_pb2.SubscribeResponse]
 """What one member of a consumer group is given, without end."""
 
-PAGE_SIZE = 200
-
 
 class OonaClient:
     """Writes to and reads from an event log; safe to use from several threads.
 
     Every call raises `esper.common.rpc.RpcError` where the server refuses it or does not answer.
+    All but subscriptions are repeated for a short while where the server was away, without a second
+    effect.
 
     Args:
         channel: An open channel to a server of Oona.
@@ -49,13 +52,10 @@ class OonaClient:
             topic: 1 to 128 of a-z, 0-9, dot, hyphen and underscore.
             message: The event's body, packed into an Any unless it is one.
             key: Groups related events, such as a run's id.
-            request_id: Makes it safe to publish again after an error; empty means none.
-            timeout_s: Deadline, in seconds.
+            request_id: Makes it safe to publish again after an error; empty takes a new one.
+            timeout_s: Deadline of each attempt, in seconds.
         """
-        request = event_pb2.PublishRequest(
-            topic=topic, key=key, body=packed(message), request_id=request_id
-        )
-        return self._publish([request], timeout_s)[0]
+        return self._publish(requests.publish(topic, [message], key, request_id), timeout_s)[0]
 
     def publish_many(
         self,
@@ -70,18 +70,22 @@ class OonaClient:
             topic: As for `publish`.
             messages: The bodies.
             key: As for `publish`, the same for all.
-            timeout_s: Deadline of the whole, in seconds.
+            timeout_s: Deadline of each attempt at the whole, in seconds.
         """
-        requests = [
-            event_pb2.PublishRequest(topic=topic, key=key, body=packed(message))
-            for message in messages
-        ]
-        return self._publish(requests, timeout_s)
+        return self._publish(requests.publish(topic, messages, key), timeout_s)
 
-    def _publish(self, requests: list[event_pb2.PublishRequest], timeout_s: float) -> list[int]:
-        with readable_errors():
-            responses = self._events.Publish(iter(requests), timeout=timeout_s)
-            return [response.offset for response in responses]
+    def _publish(self, events: list[event_pb2.PublishRequest], timeout_s: float) -> list[int]:
+        pauses = pauses_s()
+        while True:
+            try:
+                with readable_errors():
+                    responses = self._events.Publish(iter(events), timeout=timeout_s)
+                    return [response.offset for response in responses]
+            except RpcError as error:
+                pause_s = next(pauses, None)
+                if pause_s is None or not was_away(error):
+                    raise
+            time.sleep(pause_s)
 
     def subscribe(self, topic: str, start_offset: int | None = None) -> Subscription:
         """Returns the events of a topic from an offset on, then those that follow.
@@ -119,12 +123,8 @@ class OonaClient:
             visibility_timeout_s: How long an event is kept from the other members, 0.1 to 43200.
             max_in_flight: The most events that this member holds unacknowledged, 1 to 1024.
         """
-        request = event_pb2.SubscribeRequest(
-            topic=topic,
-            start_offset=start_offset,
-            group=group,
-            visibility_timeout_s=visibility_timeout_s,
-            max_in_flight=max_in_flight,
+        request = requests.subscribe_group(
+            topic, group, start_offset, visibility_timeout_s, max_in_flight
         )
         call = self._events.Subscribe(request)
         call.initial_metadata()  # comes once the group's position is stored
@@ -152,17 +152,14 @@ class OonaClient:
             max_age_s: How long an event is kept, in seconds; 0 means seven days.
             max_bytes: How much is kept; 0 means 1 GiB.
         """
-        retention = event_pb2.Retention(max_age_s=max_age_s, max_bytes=max_bytes)
-        request = event_pb2.SetRetentionRequest(
-            topic=topic, retention=retention, request_id=str(uuid.uuid4())
-        )
+        request = requests.set_retention(topic, max_age_s, max_bytes)
         with readable_errors():
             return self._events.SetRetention(request, timeout=CALL_TIMEOUT_S).topic
 
     def list_topics(self) -> list[event_pb2.Topic]:
         """Returns every topic with its extent and its groups, by name."""
         topics: list[event_pb2.Topic] = []
-        request = event_pb2.ListTopicsRequest(page_size=PAGE_SIZE)
+        request = event_pb2.ListTopicsRequest(page_size=requests.PAGE_SIZE)
         while True:
             with readable_errors():
                 page = self._events.ListTopics(request, timeout=CALL_TIMEOUT_S)

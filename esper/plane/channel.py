@@ -4,6 +4,10 @@ import json
 
 import grpc
 
+from esper.common.retries import CALL_ATTEMPTS
+from esper.common.retries import FIRST_PAUSE_S
+from esper.common.retries import MAX_PAUSE_S
+from esper.common.retries import PAUSE_FACTOR
 from esper.oona.v1 import event_pb2
 from esper.plane.address import parse_address
 from esper.plane.v1 import plane_pb2
@@ -57,10 +61,10 @@ def idempotent_methods() -> list[tuple[str, str]]:
 def service_config() -> str:
     """Returns the gRPC service config: jittered retries on UNAVAILABLE for idempotent methods."""
     retry = {
-        "maxAttempts": 4,
-        "initialBackoff": "0.1s",
-        "maxBackoff": "2s",
-        "backoffMultiplier": 2,
+        "maxAttempts": CALL_ATTEMPTS,
+        "initialBackoff": f"{FIRST_PAUSE_S}s",
+        "maxBackoff": f"{MAX_PAUSE_S}s",
+        "backoffMultiplier": PAUSE_FACTOR,
         "retryableStatusCodes": ["UNAVAILABLE"],
     }
     names = [{"service": service, "method": method} for service, method in idempotent_methods()]

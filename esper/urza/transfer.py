@@ -9,6 +9,7 @@ from typing import Self
 
 import grpc
 
+from esper.common.retries import was_away
 from esper.common.rpc import CALL_TIMEOUT_S
 from esper.common.rpc import STREAM_BYTES_PER_S
 from esper.common.rpc import RpcError
@@ -23,7 +24,6 @@ HASHED_ASIDE_BYTES = 4 << 20
 PAGE_SIZE = 200
 ATTEMPTS = 5
 MAX_DIGESTS = 1000
-_AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
 
 
 def digest_of(data: bytes) -> digest_pb2.Digest:
@@ -43,9 +43,8 @@ def transfer_timeout_s(size_bytes: int) -> float:
 
 def worth_another_attempt(error: RpcError, attempt: int) -> bool:
     """Returns whether a transfer should go on after its `attempt`-th try, from 0, has failed."""
-    # What grpc.aio says where a connection breaks under a message; a server gives its reason.
-    broken = error.code is grpc.StatusCode.INTERNAL and not error.reason
-    return (broken or error.code in _AGAIN) and attempt < ATTEMPTS - 1
+    overtaken = error.code is grpc.StatusCode.ABORTED
+    return (overtaken or was_away(error)) and attempt < ATTEMPTS - 1
 
 
 def upload_chunks(digest: digest_pb2.Digest, data: bytes, offset: int) -> Iterator[UploadChunk]:

@@ -48,6 +48,7 @@ class UrzaService:
     async def close(self) -> None:
         """Closes the store after its last write."""
         await self._store_servicer.close()
+        await asyncio.to_thread(self._blob_servicer.close)
         await asyncio.to_thread(self._contents.store.close)
 
 

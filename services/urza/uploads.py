@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import threading
+from collections import deque
 from concurrent.futures import Future
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,10 @@ SYNC_BYTES = 8 << 20
 """How much of a file is written before the disk is set to work on it."""
 INLINE_BYTES = 64 << 10
 """Blobs up to this size are kept in the row; larger ones are files."""
+HASHED_ASIDE_BYTES = 4 << 20
+"""From this size on an upload is hashed by a thread of its own, beside the writing."""
+MAX_UNHASHED = 8
+"""Chunks of one upload that are written and wait to be hashed."""
 
 
 class Destination(Protocol):
@@ -54,9 +59,9 @@ class Upload:
         self._blobs = blobs
         self._digest = digest
         self._path = path
-        # A cancelled call is tidied up while its last chunk may still be on the way in.
+        # A cancelled call is tidied up while its last chunks may still be on the way in.
         self._lock = threading.Lock()
-        self._hasher = hashlib.sha256()
+        self._hashing = HashingAside(digest.size_bytes)
         self._content = bytearray()
         self._ended = False
         self._syncing: EarlySync | None = None
@@ -68,7 +73,7 @@ class Upload:
             self._syncing = EarlySync(self._file.fileno())
             self._file.seek(0)
             while chunk := self._file.read(MAX_CHUNK_BYTES):
-                self._hasher.update(chunk)
+                self._hashing.add(chunk)
                 self.size_bytes += len(chunk)
 
     @property
@@ -77,13 +82,15 @@ class Upload:
         return self.size_bytes == self._digest.size_bytes
 
     def write(self, offset: int, data: Bytes) -> None:
-        """Appends a chunk.
+        """Appends a chunk; does nothing to an upload that has ended.
 
         Raises:
             ServiceError: INVALID_ARGUMENT for a gap, an overlap, or bytes beyond the size;
                 RESOURCE_EXHAUSTED where the disk is full.
         """
         with self._lock:
+            if self._ended:  # the call was cancelled, and nobody is told
+                return
             if offset != self.size_bytes:
                 raise invalid("write_offset", offset, f"must be {self.size_bytes}, the bytes held")
             if len(data) > MAX_CHUNK_BYTES:
@@ -101,7 +108,7 @@ class Upload:
                     self._syncing.note(len(data))
                 except OSError as error:
                     raise _disk_error(error) from error
-            self._hasher.update(data)
+            self._hashing.add(data)
             self.size_bytes += len(data)
 
     def finish(self) -> "Future[None]":
@@ -114,7 +121,7 @@ class Upload:
         """
         with self._lock:
             assert self.complete
-            found = self._hasher.hexdigest()
+            found = self._hashing.hexdigest()
             if found != self._digest.hash:
                 self._drop()
                 raise invalid("digest.hash", self._digest.hash, f"is not that of the data, {found}")
@@ -130,6 +137,7 @@ class Upload:
                     self._drop()
                     raise _disk_error(error) from error
             self._ended = True
+            self._hashing.end()
             durable.add_done_callback(lambda _: self._blobs.end_upload(self._digest))
             return durable
 
@@ -171,7 +179,42 @@ class Upload:
     def _end(self) -> None:
         if not self._ended:
             self._ended = True
+            self._hashing.end()
             self._blobs.end_upload(self._digest)
+
+
+class HashingAside:
+    """The SHA-256 of bytes that come in pieces; many of them are hashed beside other work.
+
+    Args:
+        size_bytes: How many there will be.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self._hasher = hashlib.sha256()
+        aside = size_bytes >= HASHED_ASIDE_BYTES
+        self._thread = ThreadPoolExecutor(1, "blob-hash") if aside else None
+        self._coming: deque[Future[None]] = deque()
+
+    def add(self, data: Bytes) -> None:
+        """Takes the next piece; waits where too many are left to be hashed."""
+        if self._thread is None:
+            self._hasher.update(data)
+            return
+        if len(self._coming) == MAX_UNHASHED:
+            self._coming.popleft().result()
+        self._coming.append(self._thread.submit(self._hasher.update, data))
+
+    def hexdigest(self) -> str:
+        """Waits for what has been added, and returns the hash of all of it."""
+        while self._coming:
+            self._coming.popleft().result()
+        return self._hasher.hexdigest()
+
+    def end(self) -> None:
+        """Ends the thread; nothing may be added after that."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 class EarlySync:
