@@ -8,6 +8,7 @@
 namespace esper {
 namespace {
 
+constexpr std::int64_t kMaxSeeds = std::int64_t{1} << 24;
 constexpr std::int64_t kMaxSteps = std::int64_t{1} << 52;  // exact as a double
 
 template <class... Parts>
@@ -37,10 +38,11 @@ SeedBank::SeedBank(const std::vector<std::int64_t>& seeds_per_slot, std::int64_t
   first_.push_back(0);
   for (std::size_t slot = 0; slot < seeds_per_slot.size(); ++slot) {
     const auto count = seeds_per_slot[slot];
-    if (count < 1 || count > std::numeric_limits<std::int32_t>::max()) {
-      refuse("seeds_per_slot[", slot, "] is ", count, " but must be in [1, 2**31)");
+    if (count < 1 || count > kMaxSeeds) {
+      refuse("seeds_per_slot[", slot, "] is ", count, " but must be in [1, 2**24]");
     }
     first_.push_back(first_.back() + count);
+    if (first_.back() > kMaxSeeds) refuse("seeds_per_slot names more than 2**24 seeds in all");
   }
   if (first_.back() == 0) refuse("seeds_per_slot is empty but must name at least one slot");
   allocate(static_cast<std::size_t>(first_.back()));

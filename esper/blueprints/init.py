@@ -125,6 +125,8 @@ def check_weights(weights: Mapping[str, Tensor], kernel: kernel_pb2.Kernel) -> N
             )
         if tensor.dtype != dtype:
             raise BlueprintError(f"weights.{name}", tensor.dtype, f"must be {dtype}")
+        if tensor.is_meta:
+            raise BlueprintError(f"weights.{name}", "on meta", "must hold numbers")
         _refuse_non_finite(name, tensor)
 
 

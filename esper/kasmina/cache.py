@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from esper.blueprints import kernel_digest
 from esper.common.v1 import kernel_pb2
+from esper.kasmina.checks import check_whole
 from esper.kasmina.prepared import PreparedKernel
 from esper.kasmina.prepared import encode
 
@@ -42,8 +43,7 @@ class KernelCache:
     """
 
     def __init__(self, capacity_bytes: int) -> None:
-        if capacity_bytes < 0:
-            raise ValueError(f"capacity_bytes is {capacity_bytes}, but it must be at least 0")
+        check_whole("capacity_bytes", capacity_bytes, 0)
         self._capacity_bytes = capacity_bytes
         self._entries: OrderedDict[str, PreparedKernel] = OrderedDict()  # oldest use first
         self._digests: dict[bytes, str] = {}  # of the kernels held, by their bytes
@@ -85,8 +85,13 @@ class KernelCache:
         self._shrink()
 
     def release(self, digest: str) -> None:
-        """Ends one use of a kernel."""
-        assert self._uses[digest] > 0, "a kernel is released once for each use"
+        """Ends one use of a kernel.
+
+        Raises:
+            ValueError: If it is not in use.
+        """
+        if digest not in self._uses:
+            raise ValueError(f"digest is {digest!r}, but it must be that of a kernel in use")
         self._uses[digest] -= 1
         if not self._uses[digest]:
             del self._uses[digest]

@@ -71,7 +71,7 @@ class SeedLifecycleState(IntEnum):
         if isinstance(state, str):
             if state in cls.__members__:
                 return cls[state]
-        elif state in set(cls):
+        elif type(state) is int and state in set(cls):
             return cls(state)
         raise ValueError(f"state is {state!r}, but it must be one of {', '.join(cls.__members__)}")
 

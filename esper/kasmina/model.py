@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from numbers import Real
 from typing import Self
 
 import torch
@@ -23,6 +24,8 @@ from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
 from esper.common.v1 import lifecycle_pb2
 from esper.kasmina.cache import KernelCache
+from esper.kasmina.checks import check_kind
+from esper.kasmina.checks import check_whole
 from esper.kasmina.comparison import Original
 from esper.kasmina.drift import DEFAULT_TOLERANCE
 from esper.kasmina.folding import fold
@@ -36,6 +39,7 @@ from esper.kasmina.places import place_of
 from esper.kasmina.places import signature_of
 from esper.kasmina.prepared import PreparedKernel
 from esper.kasmina.prepared import come_with
+from esper.kasmina.restoring import check_restorable
 from esper.kasmina.sites import Site
 from esper.kasmina.sites import SlotState
 from esper.kasmina.slotted import SlottedModel
@@ -141,6 +145,7 @@ class MorphableModel(SlottedModel):
                 f"hyperparameters are {sorted(hyperparameters)}, but they can be given with the "
                 "name of a blueprint only"
             )
+        check_kind("blueprint", blueprint, blueprint_pb2.Blueprint)
         check(blueprint)
         signature = self.signature(slot, seed, blueprint.graph.inputs[0].source)
         self.load_kernel(slot, seed, lower(blueprint, signature))
@@ -168,6 +173,7 @@ class MorphableModel(SlottedModel):
                 names field, value and rule, and nothing has changed.
         """
         position, _ = self._at(slot, seed)
+        check_kind("kernel", kernel, kernel_pb2.Kernel)
         state = self.seed_state(slot, seed)
         if state != SeedLifecycleState.DORMANT:
             raise ValueError(
@@ -240,10 +246,13 @@ class MorphableModel(SlottedModel):
     def set_seed_alpha(self, slot: str, seed: int, alpha: float) -> None:
         """Holds the alpha of a GRAFTING seed at a value in [0, 1]; its schedule stands still."""
         with self._naming(slot, seed) as at:
-            self._bank.set_alpha(*at, alpha)
+            if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
+                raise ValueError(f"alpha is {alpha!r}, but it must be a number in [0, 1]")
+            self._bank.set_alpha(*at, float(alpha))
 
     def set_schedule(self, slot: str, seed: int, schedule: lifecycle_pb2.AlphaSchedule) -> None:
         """Sets how alpha moves while the seed is GRAFTING; a running ramp starts anew."""
+        check_kind("schedule", schedule, lifecycle_pb2.AlphaSchedule)
         kind = _SCHEDULES.get(schedule.kind)
         if kind is None:
             raise ValueError(f"schedule.kind is {schedule.kind}, but it must be a known kind")
@@ -303,11 +312,13 @@ class MorphableModel(SlottedModel):
 
     def freeze_fossil(self, slot: str, seed: int, frozen: bool) -> None:
         """Says whether the seed stays still once it is FOSSILIZED; it trains on by default."""
+        check_kind("frozen", frozen, bool)
         self._bank.set_frozen(*self._at(slot, seed), frozen)
 
     def set_embargo(self, slot: str, seed: int, steps: int) -> None:
         """Keeps a CULLED, CANCELLED or ROLLED_BACK seed from becoming DORMANT for so many steps."""
         with self._naming(slot, seed) as at:
+            check_whole("embargo", steps, 0, 2**52)
             self._bank.set_embargo(*at, steps)
 
     @contextlib.contextmanager
@@ -356,10 +367,11 @@ class MorphableModel(SlottedModel):
         Raises:
             ValueError: If the parts do not fit each other or the model; nothing has changed.
         """
+        check_kind("bank", bank, bytes)
         restored = _C.SeedBank.from_bytes(bank)
         if not over:
             self._check_dormant()
-        self._check_restorable(restored, slots, grafts)
+        check_restorable(restored, slots, grafts, self.slots, self._bank)
         before = {name: layer.slot_state() for name, layer in self.slots.items()}
         try:
             for name, slot_state in slots.items():
@@ -396,42 +408,11 @@ class MorphableModel(SlottedModel):
 
     def _check_dormant(self) -> None:
         for slot, seed in self._seeds:
-            if self.seed_state(slot, seed) != SeedLifecycleState.DORMANT:
-                raise ValueError(f"slot {slot!r}, seed {seed} is in use, but it must be DORMANT")
-
-    def _check_restorable(
-        self,
-        bank: _C.SeedBank,
-        slots: Mapping[str, SlotState],
-        grafts: Mapping[tuple[str, int], tuple[kernel_pb2.Kernel, Mapping[str, Tensor]]],
-    ) -> None:
-        if (bank.num_slots, bank.num_seeds) != (self._bank.num_slots, self._bank.num_seeds):
-            raise ValueError(
-                f"bank has {bank.num_slots} slots with {bank.num_seeds} seeds, but the model has "
-                f"{self._bank.num_slots} with {self._bank.num_seeds}"
-            )
-        if slots.keys() != self.slots.keys():
-            raise ValueError(f"slots are {list(slots)}, but the model has {list(self.slots)}")
-        for name, slot_state in slots.items():
-            width = self.slots[name].width
-            if width is not None and width != slot_state.width:
+            state = self.seed_state(slot, seed)
+            if state != SeedLifecycleState.DORMANT:
                 raise ValueError(
-                    f"slots[{name!r}].width is {slot_state.width}, but the model has {width}"
+                    f"slot {slot!r}, seed {seed} is {state.name}, but it must be DORMANT"
                 )
-            entry = self.slots[name].inlet.name
-            if entry != slot_state.entry:
-                raise ValueError(
-                    f"slots[{name!r}].entry is {slot_state.entry!r}, but the model has {entry!r}"
-                )
-        for slot, seed in self._seeds:
-            state = SeedLifecycleState(bank.state(self._slot_index[slot], seed))
-            if state.holds_graft != ((slot, seed) in grafts):
-                raise ValueError(
-                    f"slot {slot!r}, seed {seed} is {state.name} in the bank, but grafts hold "
-                    + ("no kernel for it" if state.holds_graft else "a kernel for it")
-                )
-        for slot, seed in grafts:
-            self._at(slot, seed)
 
     def _revived(
         self, slot: str, seed: int, kernel: kernel_pb2.Kernel, weights: Mapping[str, Tensor]

@@ -195,6 +195,21 @@ def _empty(like: Tensor, planes: bool) -> Tensor:
     return like.new_empty(like.movedim(-1, 1).shape).movedim(1, -1)
 
 
+def _check_devices(
+    host: str, on: torch.device, others: dict[str, Tensor | None], scalars: Tensor
+) -> None:
+    """Refuses a mix of devices; a call in which one of them is ``meta`` is checked nowhere else."""
+    for name, other in others.items():
+        if other is not None and other.device != on:
+            raise ValueError(f"{name} is on {other.device}, but must be on {on} as {host} is")
+    if scalars.device.type not in ("cpu", "meta" if on.type == "meta" else "cpu"):
+        raise ValueError(f"scalars is on {scalars.device}, but must be on cpu")
+
+
+def _numbered(params: Sequence[Tensor]) -> dict[str, Tensor | None]:
+    return {f"params[{index}]": tensor for index, tensor in enumerate(params)}
+
+
 def _fake_forward(
     h: Tensor,
     x: Tensor | None,
@@ -203,6 +218,7 @@ def _fake_forward(
     plan: Sequence[int],
     telemetry: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_devices("h", h.device, {"x": x, **_numbered(params)}, scalars)
     rows = len(plan) // PLAN_WIDTH if telemetry else 0
     y = _empty(h, planes=_keeps_planes(h, plan))
     return y, h.new_empty((rows, NUM_STATS), dtype=torch.float64)
@@ -217,6 +233,7 @@ def _fake_backward(
     plan: Sequence[int],
     need: Sequence[int],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    _check_devices("dy", dy.device, {"h": h, "x": x, **_numbered(params)}, scalars)
     planes = _keeps_planes(dy if h is None else h, plan)
     dh = _empty(dy, planes) if need[0] else dy.new_empty((0,))
     dx = dy.new_empty((0,)) if x is None or not need[1] else _empty(x, planes)

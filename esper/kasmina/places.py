@@ -60,6 +60,8 @@ def signature_of(
     else:
         raise ValueError(f"source is {source}, but it must be OUTPUT or INPUT")
     dtype, device = layer.placement
+    if dtype is None:
+        raise ValueError(f"slot {layer.name!r} has no known floating-point type; {_RUN_FIRST}")
     if dtype not in _DTYPES:
         known = ", ".join(str(known) for known in _DTYPES)
         raise ValueError(f"slot {layer.name!r} is of type {dtype}, but it must be {known}")

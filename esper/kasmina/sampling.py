@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from esper.kasmina.checks import check_whole
 from esper.kasmina.host_graph import node_names
 from esper.kasmina.host_graph import record_execution
 from esper.kasmina.layer import KasminaLayer
@@ -115,8 +116,7 @@ class Sampler:
 
     @interval.setter
     def interval(self, value: int) -> None:
-        if value < 1:
-            raise ValueError(f"telemetry_interval is {value}, but it must be at least 1 forward")
+        check_whole("telemetry_interval", value, 1)
         self._interval, self._stretching = value, False
 
     def collected(self) -> None:

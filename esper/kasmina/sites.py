@@ -168,6 +168,8 @@ def _as_targets(target_layers: Sequence[Target] | Target | None) -> tuple[Target
         return DEFAULT_TYPES
     if isinstance(target_layers, str | type | Bridge):
         target_layers = (target_layers,)
+    if not isinstance(target_layers, Iterable):
+        target_layers = (target_layers,)
     targets = tuple(target_layers)
     for target in targets:
         if isinstance(target, Bridge) or (isinstance(target, str) and target):

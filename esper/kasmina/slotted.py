@@ -20,6 +20,8 @@ from esper import _C
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
 from esper.common.v1 import signal_pb2
+from esper.kasmina.checks import check_kind
+from esper.kasmina.checks import check_whole
 from esper.kasmina.comparison import Original
 from esper.kasmina.grafts import Graft
 from esper.kasmina.host_graph import host_graph
@@ -83,12 +85,12 @@ class SlottedModel(nn.Module):
         original: Original | None,
     ) -> None:
         super().__init__()
-        self._bank = _C.SeedBank(list(num_seeds))
         first_rows = accumulate(num_seeds, initial=0)
         layers = [
             KasminaLayer(site, seeds, first_row)
             for site, seeds, first_row in zip(sites, num_seeds, first_rows, strict=False)
         ]
+        self._bank = _C.SeedBank(list(num_seeds))
         self.host = host
         self.slots = SlotTable(layers)
         self.revision = 0
@@ -313,6 +315,7 @@ class SlottedModel(nn.Module):
         Args:
             epoch: Epoch that the figures cover, from 0.
         """
+        check_whole("epoch", epoch, 0, 2**63 - 1)
         self._sampler.collected()
         return [
             signal
@@ -336,6 +339,7 @@ class SlottedModel(nn.Module):
             Directions, each scaled by how much of the update it carries, float32
             [source width, k]; None where nothing was measured.
         """
+        self._at(slot, seed)
         telemetry = self.slots[slot].telemetry
         if telemetry is None or telemetry.last_growth is None:
             return None
@@ -360,6 +364,7 @@ class SlottedModel(nn.Module):
         Raises:
             ValueError: If it is the runtime of a model with other slots; nothing has changed.
         """
+        check_kind("runtime", runtime, ModelRuntime)
         check_slots(runtime.slots, self.slots)
         self._sampler.resume(runtime.sampler)
         for name, slot in runtime.slots.items():
@@ -410,12 +415,12 @@ class SlottedModel(nn.Module):
 
     def _at(self, slot: str, seed: int) -> tuple[int, int]:
         """The bank's numbers of a seed, checked."""
-        position = self._slot_index.get(slot)
+        position = self._slot_index.get(slot) if isinstance(slot, str) else None
         if position is None:
-            near = difflib.get_close_matches(slot, self._slot_index, n=3, cutoff=0.4)
+            near = difflib.get_close_matches(str(slot), self._slot_index, n=3, cutoff=0.4)
             hint = f"; near names: {', '.join(near)}" if near else ""
             raise ValueError(f"slot is {slot!r}, but the model has no such slot{hint}")
         num_seeds = self._layers[position].num_seeds
-        if not isinstance(seed, int) or not 0 <= seed < num_seeds:
+        if type(seed) is not int or not 0 <= seed < num_seeds:
             raise ValueError(f"seed is {seed!r}, but slot {slot!r} has seeds 0 to {num_seeds - 1}")
         return position, seed

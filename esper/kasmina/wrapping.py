@@ -1,5 +1,6 @@
 """Making a model morphable, and giving the model back."""
 
+import contextlib
 from collections.abc import Mapping
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch import nn
 
 from esper.kasmina.auto import find_places
+from esper.kasmina.checks import check_whole
 from esper.kasmina.comparison import Original
 from esper.kasmina.model import MorphableModel
 from esper.kasmina.modes import evaluating
@@ -21,6 +23,7 @@ AUTO = "auto"
 """The target that finds the places by itself."""
 
 DEFAULT_CACHE_MB = 128
+MAX_SEEDS_PER_LAYER = 2**16
 
 ExampleInputs = Tensor | Sequence[object] | Mapping[str, object]
 
@@ -46,8 +49,8 @@ def wrap(
             tracing the model (see ``esper.kasmina.auto``). Default: every Linear, Conv1d, Conv2d,
             MultiheadAttention, LayerNorm, BatchNorm1d, BatchNorm2d and Embedding that is called as
             a module.
-        seeds_per_layer: Seeds of each slot; each owns a part of the slot's features. A slot found
-            by ``"auto"`` with fewer features gets as many seeds as features.
+        seeds_per_layer: Seeds of each slot, at most 65536; each owns a part of the slot's features.
+            A slot found by ``"auto"`` with fewer features gets as many seeds as features.
         cache_size_mb: Most kernels to keep for reuse, in units of 2**20 bytes.
         telemetry_enabled: Whether to sample telemetry in training.
         preserve_original: Whether to keep a copy of the model for ``compare_with_original``.
@@ -64,10 +67,8 @@ def wrap(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, but it must be a torch.nn.Module")
-    if seeds_per_layer < 1:
-        raise ValueError(f"seeds_per_layer is {seeds_per_layer}, but it must be at least 1")
-    if cache_size_mb < 0:
-        raise ValueError(f"cache_size_mb is {cache_size_mb}, but it must be at least 0")
+    check_whole("seeds_per_layer", seeds_per_layer, 1, MAX_SEEDS_PER_LAYER)
+    check_whole("cache_size_mb", cache_size_mb, 0)
     check_plain(model)
     inputs = None if example_inputs is None else _as_call(example_inputs)
     if target_layers == AUTO:
@@ -81,8 +82,11 @@ def wrap(
         model, sites, num_seeds, telemetry_enabled, original, cache_size_mb * 2**20
     )
     if inputs is not None:
-        with torch.random.fork_rng(), evaluating(wrapped):
-            wrapped(*inputs[0], **inputs[1])
+        with contextlib.ExitStack() as undo:
+            undo.callback(wrapped.release)
+            with torch.random.fork_rng(), evaluating(wrapped):
+                wrapped(*inputs[0], **inputs[1])
+            undo.pop_all()
     return wrapped
 
 
