@@ -1,5 +1,21 @@
 """Refusals of arguments, in one form: field, value and rule."""
 
+from numbers import Real
+
+
+def check_fraction(field: str, value: object) -> None:
+    """Refuses what is not a number in [0, 1].
+
+    Args:
+        field: What the caller calls it.
+        value: What was given.
+
+    Raises:
+        ValueError: With field, value and rule.
+    """
+    if not isinstance(value, Real) or value < 0 or not value <= 1:
+        raise ValueError(f"{field} is {value!r}, but it must be a number in [0, 1]")
+
 
 def check_whole(field: str, value: object, low: int, high: int | None = None) -> None:
     """Refuses what is not a whole number in bounds.

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-from numbers import Real
 from typing import Self
 
 import torch
@@ -24,6 +23,7 @@ from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import kernel_pb2
 from esper.common.v1 import lifecycle_pb2
 from esper.kasmina.cache import KernelCache
+from esper.kasmina.checks import check_fraction
 from esper.kasmina.checks import check_kind
 from esper.kasmina.checks import check_whole
 from esper.kasmina.comparison import Original
@@ -246,8 +246,7 @@ class MorphableModel(SlottedModel):
     def set_seed_alpha(self, slot: str, seed: int, alpha: float) -> None:
         """Holds the alpha of a GRAFTING seed at a value in [0, 1]; its schedule stands still."""
         with self._naming(slot, seed) as at:
-            if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
-                raise ValueError(f"alpha is {alpha!r}, but it must be a number in [0, 1]")
+            check_fraction("alpha", alpha)
             self._bank.set_alpha(*at, float(alpha))
 
     def set_schedule(self, slot: str, seed: int, schedule: lifecycle_pb2.AlphaSchedule) -> None:

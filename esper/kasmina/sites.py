@@ -168,17 +168,17 @@ def _as_targets(target_layers: Sequence[Target] | Target | None) -> tuple[Target
         return DEFAULT_TYPES
     if isinstance(target_layers, str | type | Bridge):
         target_layers = (target_layers,)
-    if not isinstance(target_layers, Iterable):
-        target_layers = (target_layers,)
+    given: object = target_layers
+    rule = "but it must hold module types, names or globs"
+    if not isinstance(given, Iterable):
+        raise ValueError(f"target_layers is {given!r}, {rule}")
     targets = tuple(target_layers)
     for target in targets:
         if isinstance(target, Bridge) or (isinstance(target, str) and target):
             continue
         if isinstance(target, type) and issubclass(target, nn.Module):
             continue
-        raise ValueError(
-            f"target_layers has {target!r}, but it must hold module types, names or globs"
-        )
+        raise ValueError(f"target_layers has {target!r}, {rule}")
     if not targets:
         raise ValueError("target_layers is empty, but it must name at least one layer")
     return targets

@@ -156,7 +156,7 @@ def test_parts_that_do_not_fit_change_nothing(grown, how, message):
 def test_a_model_in_use_is_not_overwritten(grown):
     model = fresh()
     model.germinate("1", 0, "lora", rank=1)
-    with pytest.raises(ValueError, match="slot '1', seed 0 is in use"):
+    with pytest.raises(ValueError, match="slot '1', seed 0 is GERMINATED, but it must be DORMANT"):
         model.restore(*saved(grown))
 
 

@@ -210,7 +210,10 @@ def test_host_cost_is_what_the_flop_counter_counts(module, x):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seeds_per_layer": 0}, "seeds_per_layer is 0, but it must be at least 1"),
+        (
+            {"seeds_per_layer": 0},
+            "seeds_per_layer is 0, but it must be a whole number from 1 to 65536",
+        ),
         ({"seeds_per_layer": 9}, "seeds_per_layer is 9, but slot '0' has 8 features"),
         ({"cache_size_mb": -1}, "cache_size_mb is -1"),
         ({"target_layers": "nope"}, "target_layers has 'nope'"),
