@@ -12,17 +12,19 @@ from torch import Tensor
 
 from esper.kasmina import MorphableModel
 from esper.kasmina import SeedLifecycleState
-from esper.kasmina.modes import evaluating
 from esper.tolaria import randomness
 from esper.tolaria.evaluation import Batch
 from esper.tolaria.evaluation import SampleLoss
 from esper.tolaria.evaluation import batch_losses
+from esper.tolaria.evaluation import measured_in_turns
 from esper.tolaria.evaluation import paired_trial
 from esper.tolaria.history import SeedAttribution
+from esper.tolaria.ranks import ALONE
+from esper.tolaria.ranks import Ranks
 
 
 def attribution(
-    model: MorphableModel, batches: Iterable[Batch], loss: SampleLoss
+    model: MorphableModel, batches: Iterable[Batch], loss: SampleLoss, ranks: Ranks = ALONE
 ) -> list[SeedAttribution]:
     """Measures what every seed that acts on the host is worth, in one pass over held-out data.
 
@@ -34,32 +36,33 @@ def attribution(
         model: The wrapped model.
         batches: Held-out batches; iterated once.
         loss: Per-sample loss.
+        ranks: Who shares the work: the ranks take turns with the batches, which must be the same
+            on all of them. Every rank returns all records.
 
     Returns:
         One record a live seed (GRAFTING to FOSSILIZED), in the order of the slots.
 
     Raises:
-        ValueError: If ``loss`` does not return one loss per sample, or there are fewer than 2
-            samples.
+        ValueError: If ``loss`` does not return one loss per sample, there are fewer than 2 samples,
+            or the ranks have different numbers of batches.
     """
     live = live_seeds(model)
-    present: list[Tensor] = []
-    muted: dict[tuple[str, int], list[Tensor]] = {key: [] for key in live}
-    with randomness.forked(), evaluating(model):
-        for batch in batches:
-            before = randomness.capture()
-            present.append(batch_losses(model, batch, loss))
-            after = randomness.capture()
-            for key in live:
-                randomness.restore(before)
-                with model.muted(*key):
-                    muted[key].append(batch_losses(model, batch, loss))
-            randomness.restore(after)
-    with_all = torch.cat(present) if present else torch.empty(0)
-    return [
-        _record(model, key, with_all, torch.cat(parts) if parts else torch.empty(0))
-        for key, parts in muted.items()
-    ]
+    if not live:
+        return []
+
+    def measure(batch: Batch) -> Tensor:
+        before = randomness.capture()
+        losses = [batch_losses(model, batch, loss)]
+        after = randomness.capture()
+        for key in live:
+            randomness.restore(before)
+            with model.muted(*key):
+                losses.append(batch_losses(model, batch, loss))
+        randomness.restore(after)
+        return torch.stack(losses)
+
+    present, *muted = measured_in_turns(model, batches, measure, ranks)
+    return [_record(model, key, present, without) for key, without in zip(live, muted, strict=True)]
 
 
 def live_seeds(model: MorphableModel) -> list[tuple[str, int]]:

@@ -167,27 +167,42 @@ def _write(
     ranks: Ranks,
 ) -> None:
     """Writes the parts beside the folder, sharded tensors together with the others."""
-    if not (ranks.leads or is_sharded(model)):
+    shared = is_sharded(model)
+    if not (ranks.leads or shared):
         return
     parts = path.with_name(f".{path.name}.parts")
     try:
-        with _one_writer(parts, ranks):
+        with _folder_of_parts(parts, ranks if shared else ALONE):
             save(model, parts / MODEL_FOLDER, history=whole.record.events, group=ranks.group)
             write_tensors(_storable(packed), parts / TENSORS_FILE, ranks.group)
             if ranks.leads:
                 write_folder(path, partial(_fill, parts, packed, whole, others), mark=MANIFEST_FILE)
     except OSError as error:
-        raise ModelFolderError(
-            "path", str(path), f"it cannot be written: {error.strerror or error}"
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ModelFolderError:
+    rule = f"it cannot be written: {error.strerror or error}"
+    return ModelFolderError("path", str(path), rule)
 
 
 @contextlib.contextmanager
-def _one_writer(parts: Path, ranks: Ranks) -> Iterator[None]:
-    """An empty folder for the parts, made and removed by the rank that leads."""
+def _folder_of_parts(parts: Path, ranks: Ranks) -> Iterator[None]:
+    """An empty folder for the parts, made and removed by the rank that leads.
+
+    No rank goes on before it is there: what one wrote earlier would be taken for what a writer that
+    was killed has left, and removed.
+    """
+    made = _Outcome()
     if ranks.leads:
-        shutil.rmtree(parts, ignore_errors=True)  # of a writer that was killed
-        parts.mkdir(parents=True)
+        try:
+            shutil.rmtree(parts, ignore_errors=True)
+            parts.mkdir(parents=True)
+        except OSError as error:
+            made = _outcome_of(_unwritable(parts, error))
+    made = ranks.broadcast(made)
+    if made != _Outcome():
+        raise ModelFolderError(made.field, made.value, made.rule)
     try:
         yield
     finally:

@@ -32,7 +32,7 @@ class _Part:
     """What one rank has measured: the losses of every so-manieth batch."""
 
     num_batches: int  # of all ranks
-    losses: list[Tensor]
+    losses: list[Tensor]  # [measurements, samples] each
 
 
 def sample_losses(
@@ -57,20 +57,47 @@ def sample_losses(
         ValueError: If ``loss`` does not return one loss per sample, there is no sample, or the
             ranks have different numbers of batches.
     """
+
+    def measure(batch: Batch) -> Tensor:
+        return batch_losses(model, batch, loss)[None]
+
+    return measured_in_turns(model, batches, measure, ranks)[0]
+
+
+def measured_in_turns(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    measure: Callable[[Batch], Tensor],
+    ranks: Ranks = ALONE,
+) -> Tensor:
+    """Returns what is measured of every held-out sample, without a trace in the model.
+
+    Args:
+        model: The module that is measured, in eval mode and without gradients.
+        batches: Held-out batches; iterated once.
+        measure: Maps a batch to figures of its samples, shape [measurements, samples].
+        ranks: See ``sample_losses``.
+
+    Returns:
+        The figures in the order of the samples, shape [measurements, samples], on every rank.
+
+    Raises:
+        ValueError: As ``sample_losses``.
+    """
     number, batch = -1, None
-    losses: list[Tensor] = []
+    figures: list[Tensor] = []
     with forked(), evaluating(model):
         for number, batch in enumerate(batches):
             if number % ranks.size == ranks.rank:
-                losses.append(batch_losses(model, batch, loss))
+                figures.append(measure(batch))
         idle = -(number + 1) % ranks.size  # ranks that have no batch in the last round
         if ranks.rank >= ranks.size - idle:
-            batch_losses(model, batch, loss)  # a sharded model computes on all ranks or on none
+            measure(batch)  # a sharded model computes on all ranks or on none
     reshard(model)
-    losses = _in_turns(ranks.gather(_Part(number + 1, losses)))
-    if sum(len(values) for values in losses) == 0:
+    figures = _in_turns(ranks.gather(_Part(number + 1, figures)))
+    if sum(values.shape[1] for values in figures) == 0:
         raise ValueError("held_out has 0 samples, but the accept test needs at least 2")
-    return torch.cat(losses)
+    return torch.cat(figures, dim=1)
 
 
 def batch_losses(model: nn.Module, batch: Batch, loss: SampleLoss) -> Tensor:

@@ -292,9 +292,10 @@ class Session:
     def attribution(self) -> list[SeedAttribution]:
         """Measures what each live seed is worth now: held-out loss with that seed alone muted.
 
-        One pass over the held-out data; it is on the bill as an evaluation and as trials.
+        One pass over the held-out data, which the processes of a run share: all of them call this.
+        It is on the bill as an evaluation and as trials.
         """
-        records = measure_attribution(self._model, self._held_out, self._loss)
+        records = measure_attribution(self._model, self._held_out, self._loss, self._ranks)
         if records:
             self.cost.add_evaluation(records[0].num_samples)
             self.cost.add_trial(len(records) * records[0].num_samples)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from seed_host import to_state
+from tolaria import governed
 from torch import distributed
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -24,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import esper
 from esper.blueprints import get
 from esper.blueprints import lower
+from esper.common.sharding import is_part
 from esper.common.v1 import blueprint_pb2
 from esper.config import Candidate
 from esper.config import EsperConfig
@@ -35,6 +38,7 @@ from esper.tolaria import Session
 from esper.tolaria import tasks
 from esper.tolaria.agreement import check_steps
 from esper.tolaria.agreement import check_structure
+from esper.tolaria.attribution import attribution
 from esper.tolaria.evaluation import sample_losses
 from esper.tolaria.plans import complete_plan
 from esper.tolaria.protocol import GraftProtocol
@@ -227,6 +231,7 @@ def disagree(folder: Path, rank: int) -> None:
         if rank == 1:
             model.germinate("net", 1, "widen", rank=8)
         attempt(lambda: check_structure(model, 5, ranks))
+        attempt(lambda: refuse_to_adopt(ranks))
     both, one, none = (nn.Parameter(torch.zeros(2)) for _ in range(3))
     both.grad = torch.tensor([1.0, 2.0]) * (rank + 1)
     if rank == 1:
@@ -236,6 +241,85 @@ def disagree(folder: Path, rank: int) -> None:
     assert both.grad.tolist() == [1.5, 3.0]
     assert one.grad is not None and one.grad.tolist() == [2.0, 4.0]
     assert none.grad is None
+
+
+def govern(plane: str, folder: Path) -> None:
+    """Breaks a batch of the second process alone, and looks at what the governor makes of it."""
+    governed.PLANE.append(plane)
+    rank = distributed.get_rank()
+    ranks = Ranks()
+    for parallel in (DistributedDataParallel, fully_shard):
+        for works in (False, True):
+            go_back_together(parallel, rank, ranks, works=works)
+    attribute_together(ranks)
+
+
+def go_back_together(
+    parallel: Callable[[MorphableModel], nn.Module], rank: int, ranks: Ranks, *, works: bool
+) -> None:
+    """Compares a run that goes back with one that never saw the broken batch.
+
+    Args:
+        parallel: What spreads the model.
+        rank: Number of this process.
+        ranks: All processes.
+        works: Whether a seed acts on the host, and is held responsible.
+    """
+    stream = [(images[rank::2], targets[rank::2]) for images, targets in governed.STREAM]
+    hurt, clean = (governed.Loop(parallel=parallel) for _ in range(2))
+    with hurt.session, clean.session:
+        for loop in (hurt, clean):
+            torch.manual_seed(7 + rank)
+            loop.plant(training_steps=3 if works else 100)
+            for batch in stream[:8]:
+                loop.step(batch)
+        hurt.step(stream[8])  # it shows that the state after step 8 was good
+        hurt.step(governed.poisoned(stream[9]) if rank == 1 else stream[9])
+        (record,) = hurt.session.history.rollbacks
+        assert (record.step, record.to_step) == (10, 8), record
+        assert record.seeds == ([("net", 0)] if works else []), record
+        assert "gradient norm" in record.reason, record
+        if works:
+            clean.model.advance("net", 0, "ROLLED_BACK", record.reason)
+            clean.model.set_embargo("net", 0, governed.QUICK.embargo_steps)
+        governed.assert_equal(hurt, clean)
+        random_state = torch.get_rng_state()
+        for loop in (hurt, clean):
+            torch.set_rng_state(random_state)
+            for batch in stream[10:20]:
+                loop.step(batch)
+        governed.assert_equal(hurt, clean)
+        check_structure(hurt.model, 18, ranks)
+        for parameter in hurt.model.parameters():
+            whole = parameter.full_tensor() if is_part(parameter) else parameter
+            assert torch.equal(ranks_mean(whole.detach()), whole), "the same on all ranks"
+
+
+def attribute_together(ranks: Ranks) -> None:
+    """Shares the work of an attribution, whose figures are those of one process."""
+    torch.manual_seed(0)
+    model = wrapped()
+    model(TASK.train.inputs[:2])
+    for seed in range(2):
+        to_state(model, "net", seed, "FOSSILIZED")
+    passes = []
+    hook = model.register_forward_pre_hook(lambda *_: passes.append(None))
+    shared = attribution(model, HELD_OUT, TASK.loss, ranks)
+    assert len(passes) == 3 * 2, "two of the three batches, as the last round has one for both"
+    hook.remove()
+    assert shared == attribution(model, HELD_OUT, TASK.loss) and len(shared) == 2
+    spread = fully_shard(model)
+    for mine, alone in zip(attribution(spread, HELD_OUT, TASK.loss, ranks), shared, strict=True):
+        assert abs(mine.gain - alone.gain) < 1e-6
+
+
+def refuse_to_adopt(ranks: Ranks) -> None:
+    """Gives a model with a seed under way to a protocol of several processes."""
+    model = wrapped()
+    model(TASK.train.inputs[:2])
+    model.germinate("net", 1, "widen", rank=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    GraftProtocol(model, optimizer, GraftConfig(), ranks=ranks).adopt()
 
 
 def elastic(plane: str, folder: Path) -> None:
@@ -258,7 +342,7 @@ def elastic(plane: str, folder: Path) -> None:
 def main() -> None:
     mode, folder, plane = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     with joined():
-        {"grow": grow, "elastic": elastic}[mode](plane, folder)
+        {"grow": grow, "govern": govern, "elastic": elastic}[mode](plane, folder)
 
 
 if __name__ == "__main__":

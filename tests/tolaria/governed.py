@@ -19,6 +19,7 @@ import esper
 from esper.blueprints import get
 from esper.blueprints import kernel_digest
 from esper.blueprints import lower
+from esper.common.sharding import is_part
 from esper.common.v1 import lifecycle_pb2
 from esper.config import Candidate
 from esper.config import EsperConfig
@@ -70,10 +71,12 @@ class Loop:
         seed: int = 0,
         epochs: int = 2,
         resume: Path | None = None,
+        parallel: Callable[[esper.MorphableModel], nn.Module] = lambda model: model,
     ) -> None:
         torch.manual_seed(seed)
         self.model = esper.wrap(Host(), ["net"], seeds_per_layer=2)
         self.model(TASK.train.inputs[:8])
+        self.module = parallel(self.model)
         self.optimizer = make(self.model.parameters(), lr=learning_rate)
         self.schedule = lr_scheduler.ExponentialLR(self.optimizer, 0.99)
         self.scaler = scaler
@@ -114,7 +117,7 @@ class Loop:
     def step(self, batch: Batch, *, rate: float = 1.0, scale: float = 1.0) -> None:
         images, targets = batch
         self.optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(self.model(images), targets) * scale
+        loss = nn.functional.cross_entropy(self.module(images), targets) * scale
         if self.tell:
             self.session.note_loss(loss)
         for group in self.optimizer.param_groups:
@@ -130,7 +133,7 @@ class Loop:
         self.losses.append(float(loss.detach()))
 
     def everything(self) -> list[Tensor]:
-        """Weights, buffers, optimizers, random state and telemetry."""
+        """Weights, buffers, optimizers, random state, telemetry; of sharded ones the parts."""
         model, session = self.model, self.session
         training = session._capture()
         grafts = [graft.optimizer for graft in training.grafts]
@@ -149,7 +152,8 @@ class Loop:
             if slot.telemetry is not None
         ]
         bank = torch.frombuffer(bytearray(model.bank.to_bytes()), dtype=torch.uint8)
-        return [*model.parameters(), *buffers, *kept, rates, *telemetry, bank]
+        tensors = [*model.parameters(), *buffers, *kept, rates, *telemetry, bank]
+        return [tensor.to_local() if is_part(tensor) else tensor for tensor in tensors]
 
 
 def batches(seed: int = 0) -> Iterator[Batch]:

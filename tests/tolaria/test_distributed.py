@@ -136,13 +136,18 @@ def test_a_checkpoint_of_a_sharded_run_is_like_any_other(runs: Path) -> None:
 def test_ranks_that_differ_are_told_so(runs: Path) -> None:
     told = (runs / "told-0").read_text()
     assert (runs / "told-1").read_text() == told
-    batches, steps, structure = told.splitlines()
+    batches, steps, structure, adoption = told.splitlines()
     assert "ValueError: held_out has [3, 2] batches on the ranks" in batches
     assert "RanksDisagreeError: the ranks have taken [5, 6] optimizer steps" in steps
     assert structure == (
         "RanksDisagreeError: after step 5 rank 1 has parameter slots.net.grafts.1.A [64, 8] "
         "float32, but rank 0 has not: the ranks do not hold the same model any more"
     )
+    assert "ValueError: net[1] is GERMINATED, but several processes take over no seeds" in adoption
+
+
+def test_a_fault_of_one_rank_is_undone_on_all(plane: str, tmp_path: Path) -> None:
+    torchrun(WORKER, "govern", tmp_path, plane)
 
 
 def test_a_killed_rank_restarts_and_the_run_ends_as_it_would_have(
