@@ -2,8 +2,8 @@
 
     python docs/examples/cnn.py
 
-The learning rate is scheduled, as in many loops, and newborns follow. Gradients are clipped: that means
-the host, and newborns have a bound of their own.
+The learning rate is scheduled, as in many loops, and newborns follow. Gradients are clipped: that
+means the host, and newborns have a bound of their own.
 """
 
 import torch
