@@ -20,6 +20,7 @@ _COMMANDS = {
     "serve": ("esper.cli.serve", "Run the plane, or one service of it."),
     "status": ("esper.cli.status", "Show a running plane."),
     "urza": ("esper.cli.urza", "Look after a store: figures, check, gc, backup, restore, compact."),
+    "oona": ("esper.cli.oona", "Look after an event log: backup, restore, compact."),
 }
 
 

@@ -1,11 +1,9 @@
 """`esper urza`: looks after a store, served or not."""
 
 import json
-from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import click
 from google.protobuf.json_format import MessageToDict
@@ -13,8 +11,16 @@ from google.protobuf.json_format import ParseDict
 from rich.console import Console
 from rich.table import Table
 
-from esper.common.rpc import RpcError
-from esper.common.v1 import check_pb2
+from esper.cli.upkeep import DATA_OPTION
+from esper.cli.upkeep import compact_rows
+from esper.cli.upkeep import format_bytes
+from esper.cli.upkeep import only_one
+from esper.cli.upkeep import place
+from esper.cli.upkeep import readable
+from esper.cli.upkeep import report
+from esper.cli.upkeep import restore_from
+from esper.cli.upkeep import show_backup
+from esper.cli.upkeep import steps
 from esper.oona.admin import LogAdmin
 from esper.oona.v1 import event_pb2
 from esper.plane import Plane
@@ -24,9 +30,6 @@ from esper.plane.address import default_address
 from esper.plane.offline import run_offline
 from esper.urza.admin import StoreAdmin
 from esper.urza.v1 import store_pb2
-
-Step = TypeVar("Step", store_pb2.CheckStoreResponse, event_pb2.CheckLogResponse)
-Command = TypeVar("Command", bound=Callable[..., None])
 
 
 @click.group()
@@ -39,58 +42,21 @@ def command() -> None:
 
 
 @contextmanager
-def _readable() -> Iterator[None]:
-    try:
-        yield
-    except (PlaneError, RpcError) as error:
-        raise click.ClickException(str(error)) from error
-
-
-@contextmanager
 def _admin(address: str | None) -> Iterator[StoreAdmin]:
-    with _readable(), connect(address or default_address()) as plane:
+    with readable(), connect(address or default_address()) as plane:
         yield StoreAdmin(plane.channel("urza"))
 
 
-def _place(function: Command) -> Command:
-    """Adds the options that say where the store is."""
-    function = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
-    function = click.option(
-        "--data",
-        type=click.Path(file_okay=False, exists=True, path_type=Path),
-        metavar="DIR",
-        help="Data directory of a server that does not run.",
-    )(function)
-    return click.option("--address", metavar="ADDRESS", help="Address of the running server.")(
-        function
-    )
-
-
-def _only_one(address: str | None, data: Path | None) -> None:
-    if address is not None and data is not None:
-        raise click.UsageError("--address and --data exclude each other")
-
-
-def format_bytes(number: int) -> str:
-    """Returns a size as `17 B`, `1.5 MiB` and the like."""
-    size = float(number)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
 @command.command()
-@_place
+@place
 def stats(address: str | None, data: Path | None, as_json: bool) -> None:
     """Show how much is stored and how much room there is."""
-    _only_one(address, data)
+    only_one(address, data)
     if data is None:
         with _admin(address) as admin:
             found = admin.stats()
     else:
-        with _readable():
+        with readable():
             (line,) = run_offline("stats", data)
         found = ParseDict(line, store_pb2.GetStoreStatsResponse())
     if as_json:
@@ -118,7 +84,7 @@ def stats(address: str | None, data: Path | None, as_json: bool) -> None:
 
 
 @command.command()
-@_place
+@place
 @click.option("--quarantine", is_flag=True, help="Move aside what is damaged.")
 @click.pass_context
 def check(
@@ -131,8 +97,8 @@ def check(
     with rows, and proves the structure of the files. Exit status 1 where something is wrong; a file
     without a row, as a crash can leave it, is not.
     """
-    _only_one(address, data)
-    with _readable():
+    only_one(address, data)
+    with readable():
         if data is None:
             sound = _check_served(address or default_address(), as_json, quarantine)
         else:
@@ -149,10 +115,10 @@ def _check_served(address: str, as_json: bool, quarantine: bool) -> bool:
         sound = True
         if served["urza"]:
             store = StoreAdmin(plane.channel("urza")).check(quarantine=quarantine)
-            sound &= _report(store, as_json)
+            sound &= report(store, as_json)
         if served["oona"]:
             log = LogAdmin(plane.channel("oona")).check(quarantine=quarantine)
-            sound &= _report(log, as_json)
+            sound &= report(log, as_json)
         return sound
 
 
@@ -173,13 +139,13 @@ def _check_directory(data: Path, as_json: bool, quarantine: bool) -> bool:
     if (data / "urza").exists() or not (data / "oona").exists():
         try:
             lines = run_offline("check", data, *arguments)
-            sound &= _report(_steps(lines, store_pb2.CheckStoreResponse), as_json)
+            sound &= report(steps(lines, store_pb2.CheckStoreResponse), as_json)
         except PlaneError as error:
             failures.append(error)
     if (data / "oona").exists():
         try:
             lines = run_offline("check", data, *arguments, service="oona")
-            sound &= _report(_steps(lines, event_pb2.CheckLogResponse), as_json)
+            sound &= report(steps(lines, event_pb2.CheckLogResponse), as_json)
         except PlaneError as error:
             failures.append(error)
     if failures:
@@ -187,51 +153,8 @@ def _check_directory(data: Path, as_json: bool, quarantine: bool) -> bool:
     return sound
 
 
-def _steps(lines: Iterator[dict[str, object]], kind: type[Step]) -> Iterator[Step]:
-    return (ParseDict(line, kind()) for line in lines)
-
-
-def _report(steps: Iterator[Step], as_json: bool) -> bool:
-    """Prints findings as they come, then the summary; returns whether there was no problem."""
-    sound = None
-    for step in steps:
-        if as_json:
-            click.echo(json.dumps(MessageToDict(step, always_print_fields_with_no_presence=True)))
-        elif step.HasField("finding"):
-            finding = step.finding
-            kind = check_pb2.FindingKind.Name(finding.kind).removeprefix("FINDING_KIND_").lower()
-            aside = " (moved to quarantine)" if finding.quarantined else ""
-            click.echo(f"{kind}: {finding.name}: {finding.detail}{aside}")
-        if step.HasField("summary"):
-            if not as_json:
-                click.echo(_summed_up(step))
-            sound = step.summary.num_problems == 0
-    if sound is None:
-        raise PlaneError("the check ended before its summary")
-    return sound
-
-
-def _summed_up(step: store_pb2.CheckStoreResponse | event_pb2.CheckLogResponse) -> str:
-    if isinstance(step, event_pb2.CheckLogResponse):
-        log = step.summary
-        extent = (
-            f"log: {log.num_topics} topics, {log.num_events} events "
-            f"({format_bytes(log.event_bytes)}), {log.num_groups} groups: "
-            f"{log.num_problems} problems"
-        )
-    else:
-        store = step.summary
-        extent = (
-            f"store: {store.num_rows} rows, {store.num_blobs} blobs "
-            f"({format_bytes(store.blob_bytes)}): {store.num_problems} problems, "
-            f"{store.num_orphans} orphans"
-        )
-    whole = step.summary.structure_checked
-    return extent if whole else f"{extent}, structure not checked for lack of room"
-
-
 @command.command()
-@_place
+@place
 @click.option(
     "--grace",
     type=click.FloatRange(min=0),
@@ -246,14 +169,14 @@ def gc(
 
     A server counts every blob as used when it starts.
     """
-    _only_one(address, data)
+    only_one(address, data)
     if data is None:
         with _admin(address) as admin:
             outcome = admin.collect_garbage(grace, dry_run=dry_run)
     else:
         arguments = [] if grace is None else ["--grace", str(grace)]
         arguments += ["--dry-run"] if dry_run else []
-        with _readable():
+        with readable():
             (line,) = run_offline("gc", data, *arguments)
         outcome = ParseDict(line, store_pb2.CollectGarbageResponse())
     if as_json:
@@ -268,58 +191,36 @@ def gc(
 
 @command.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@_place
+@place
 def backup(folder: Path, address: str | None, data: Path | None, as_json: bool) -> None:
     """Write a backup of the store to FOLDER, a new one or that of an earlier backup.
 
     A snapshot of one moment, verified while it is written; blobs that FOLDER has are not copied
     again. Nothing is removed from the store meanwhile.
     """
-    _only_one(address, data)
+    only_one(address, data)
     if data is None:
         with _admin(address) as admin:
             manifest = admin.backup(folder)
     else:
-        with _readable():
+        with readable():
             (manifest,) = run_offline("backup", data, str(folder.absolute()))
-    if as_json:
-        click.echo(json.dumps(manifest))
-        return
-    click.echo(
-        f"wrote {folder}: rows {format_bytes(int(str(manifest['row_file_bytes'])))}, "
-        f"{manifest['num_blob_files']} blob files "
-        f"({format_bytes(int(str(manifest['blob_file_bytes'])))})"
-    )
-
-
-_DATA = click.option(
-    "--data",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    required=True,
-    help="Data directory of a server that does not run.",
-)
+    show_backup(folder, manifest, as_json)
 
 
 @command.command()
 @click.argument("folder", type=click.Path(file_okay=False, exists=True, path_type=Path))
-@_DATA
+@DATA_OPTION
 def restore(folder: Path, data: Path) -> None:
     """Make a store of the backup in FOLDER, after checking it; DIR must hold none.
 
     The store appears whole or not at all.
     """
-    with _readable():
-        lines = run_offline("restore", data, str(folder.absolute()))
-        _report(_steps(lines, store_pb2.CheckStoreResponse), as_json=False)
-    click.echo(f"restored {data}")
+    restore_from(folder, data, "urza", store_pb2.CheckStoreResponse)
 
 
 @command.command()
-@_DATA
+@DATA_OPTION
 def compact(data: Path) -> None:
     """Rewrite the file with the rows without the free pages in it."""
-    with _readable():
-        (sizes,) = run_offline("compact", data)
-    before, after = (int(str(sizes[name])) for name in ("row_file_bytes_before", "row_file_bytes"))
-    click.echo(f"file of rows: {format_bytes(before)} before, {format_bytes(after)} now")
+    compact_rows(data, "urza")

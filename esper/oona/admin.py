@@ -1,9 +1,11 @@
 """Client for who looks after a running Oona."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 
+from esper.common.backup import BackupWriter
 from esper.common.rpc import readable_errors
 from esper.oona.v1 import event_pb2
 from esper.oona.v1 import event_pb2_grpc
@@ -32,3 +34,18 @@ class LogAdmin:
         request = event_pb2.CheckLogRequest(quarantine=quarantine)
         with readable_errors():
             yield from self._stub.CheckLog(request, timeout=LONG_CALL_TIMEOUT_S)
+
+    def backup(self, folder: Path) -> dict[str, object]:
+        """Writes a backup to a folder of this machine and returns its manifest.
+
+        Args:
+            folder: A new one, or that of an earlier backup, which is replaced.
+
+        Raises:
+            BackupError: Where `folder` cannot take it.
+        """
+        writer = BackupWriter(folder, "oona")
+        with readable_errors():
+            pieces = self._stub.BackupLog(event_pb2.BackupLogRequest(), timeout=LONG_CALL_TIMEOUT_S)
+            writer.put_rows(piece.rows for piece in pieces)
+        return writer.finish()

@@ -16,7 +16,7 @@ def run_offline(
     """Yields what an operation on the store of a service in `data_dir` says, line by line.
 
     Args:
-        operation: `stats`, `check`, `gc`, `backup`, `restore` or `compact`; of Oona `check` alone.
+        operation: `check`, `backup`, `restore` or `compact`; of Urza `stats` or `gc`, too.
         data_dir: Data directory of the server.
         arguments: Further arguments of the operation.
         service: `urza` or `oona`.

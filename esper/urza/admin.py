@@ -5,9 +5,9 @@ from pathlib import Path
 
 import grpc
 
+from esper.common.backup import BackupWriter
 from esper.common.rpc import CALL_TIMEOUT_S
 from esper.common.rpc import readable_errors
-from esper.urza.backup import BackupWriter
 from esper.urza.client import UrzaClient
 from esper.urza.v1 import store_pb2
 from esper.urza.v1 import store_pb2_grpc
@@ -69,7 +69,7 @@ class StoreAdmin:
         Raises:
             BackupError: Where `folder` cannot take it.
         """
-        writer = BackupWriter(folder)
+        writer = BackupWriter(folder, "urza")
         with readable_errors():
             parts = self._stub.BackupStore(
                 store_pb2.BackupStoreRequest(), timeout=LONG_CALL_TIMEOUT_S

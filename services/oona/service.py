@@ -24,6 +24,7 @@ from esper.services.serving.errors import ServiceError
 from esper.services.serving.errors import require
 from esper.services.serving.errors import unavailable
 from esper.services.serving.steps import in_steps
+from esper.services.store.copies import RowSnapshot
 from esper.services.store.engine import Store
 from esper.services.store.followers import first_of
 from esper.services.store.waking import awaitable
@@ -165,6 +166,17 @@ class EventServicer(event_pb2_grpc.EventServiceServicer):
         async with aclosing(in_steps(iter(checker))) as steps:
             async for step in steps:
                 yield step
+
+    async def BackupLog(
+        self, request: event_pb2.BackupLogRequest, context: CallContext
+    ) -> AsyncIterator[event_pb2.BackupLogResponse]:
+        taken = await asyncio.to_thread(RowSnapshot, self._log.store)
+        try:
+            async with aclosing(in_steps(taken.rows())) as pieces:
+                async for piece in pieces:
+                    yield event_pb2.BackupLogResponse(rows=piece)
+        finally:
+            await asyncio.shield(asyncio.to_thread(taken.close))
 
 
 def _take_note(offset: "asyncio.Future[int]") -> None:

@@ -9,10 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
-import secrets
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +17,12 @@ from pathlib import Path
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
+from esper.common.backup import BackupError
+from esper.common.backup import BackupWriter
 from esper.services.serving.context import StartupError
 from esper.services.serving.errors import ServiceError
-from esper.services.store.claim import DirectoryClaim
-from esper.services.store.files import scratch_folder
-from esper.services.store.files import sync_folder
+from esper.services.store import upkeep
 from esper.services.store.opening import data_file
-from esper.services.store.opening import open_rows
 from esper.services.urza import garbage
 from esper.services.urza.check import Checker
 from esper.services.urza.contents import FOLDER
@@ -35,9 +31,7 @@ from esper.services.urza.contents import Contents
 from esper.services.urza.contents import open_contents
 from esper.services.urza.snapshot import Snapshot
 from esper.services.urza.stats import read_stats
-from esper.urza.backup import BackupError
-from esper.urza.backup import BackupWriter
-from esper.urza.backup import copy_backup
+from esper.urza.v1 import store_pb2
 
 Lines = Iterator[Message | dict[str, object]]
 
@@ -64,7 +58,7 @@ def backup(contents: Contents, folder: Path) -> Lines:
         BackupError: Where `folder` cannot take it.
         ServiceError: DATA_LOSS where a blob is damaged.
     """
-    writer = BackupWriter(folder)
+    writer = BackupWriter(folder, FOLDER)
     with contextlib.closing(Snapshot(contents.store)) as taken:
         writer.put_rows(taken.rows())
         for digest in taken.blobs():
@@ -73,58 +67,13 @@ def backup(contents: Contents, folder: Path) -> Lines:
     yield writer.finish()
 
 
-def compact(directory: Path) -> Lines:
-    """Rewrites the rows without the pages that deletions have left, and yields the sizes.
-
-    Raises:
-        DirectoryError: Where the store cannot be used.
-    """
-    path = data_file(directory)
-    with DirectoryClaim(directory):
-        before = path.stat().st_size if path.exists() else 0
-        environment, _ = open_rows(directory, SCHEMA, before)
-        folder = Path(tempfile.mkdtemp(prefix="compact-", dir=scratch_folder(directory)))
-        try:
-            with environment:
-                environment.copy(str(folder), compact=True)
-            (folder / path.name).replace(path)
-            sync_folder(path.parent)
-        finally:
-            shutil.rmtree(folder)
-        yield {"row_file_bytes_before": before, "row_file_bytes": path.stat().st_size}
-
-
-def restore(source: Path, directory: Path) -> Lines:
-    """Makes a store of a backup, and yields the findings and the summary of its check.
-
-    The store appears at once and whole, or not at all.
-
-    Raises:
-        BackupError: Where `source` is no backup.
-        StartupError: Where there is a store already, or what was restored is not sound.
-    """
-    if directory.exists():
-        raise StartupError(f"{directory} exists: restore into a directory without a store")
-    directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    beside = directory.with_name(f"{directory.name}.restoring-{secrets.token_hex(4)}")
+def check_directory(directory: Path) -> Iterator[store_pb2.CheckStoreResponse]:
+    """Yields the findings and the summary of a store that nobody has opened."""
+    contents = open_contents(directory)
     try:
-        copy_backup(source, beside)
-        contents = open_contents(beside)
-        num_problems = 0
-        try:
-            for step in Checker(contents):
-                num_problems = step.summary.num_problems
-                yield step
-        finally:
-            contents.store.close()
-        if num_problems:
-            raise StartupError(f"{source} is not sound: {num_problems} problems; nothing restored")
-        for folder, _, _ in os.walk(beside):
-            sync_folder(Path(folder))
-        beside.rename(directory)
-        sync_folder(directory.parent)
+        yield from Checker(contents)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        contents.store.close()
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -152,12 +101,12 @@ def run(options: argparse.Namespace) -> Lines:
     """
     directory = options.data.absolute() / FOLDER
     if options.operation == "restore":
-        yield from restore(options.backup, directory)
+        yield from upkeep.restore(options.backup, directory, FOLDER, check_directory)
         return
     if not data_file(directory).exists():
         raise StartupError(f"{options.data} holds no store of Urza")
     if options.operation == "compact":
-        yield from compact(directory)
+        yield upkeep.compact(directory, SCHEMA)
         return
     contents = open_contents(directory)
     try:

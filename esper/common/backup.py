@@ -1,4 +1,4 @@
-"""A backup of Urza as a folder: laid out like a store, and complete once its `backup.json` stands.
+"""A backup of Urza or Oona as a folder: laid out like a store, complete once `backup.json` stands.
 
 The folder of an earlier backup may be used again: blobs never change, so those that are there with
 their full size are not fetched anew.
@@ -27,14 +27,16 @@ class BackupWriter:
     """Writes one backup: `put_rows`, `put_blob` for each blob that is wanted, `finish`.
 
     Args:
-        folder: Created where missing; what is in it must be a backup, finished or not.
+        folder: Created where missing; what is in it must be a backup of `service`, finished or not.
+        service: What is backed up, `urza` or `oona`.
 
     Raises:
         BackupError: Where there is something else in it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, service: str) -> None:
         self._folder = folder
+        self._service = service
         self._blobs = folder / "blobs" / "files"
         self._rows = folder / "rows" / "data.mdb"
         self._names: set[str] = set()
@@ -42,8 +44,9 @@ class BackupWriter:
         known = {MANIFEST, "rows", "blobs"}
         if folder.exists() and not {path.name for path in folder.iterdir()} <= known:
             raise BackupError(f"{folder} has something in it that is no backup: choose another")
-        for place in (self._rows.parent, self._blobs):
-            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if (folder / MANIFEST).exists():
+            read_manifest(folder, service)
+        self._rows.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
 
     def put_rows(self, pieces: Iterable[bytes]) -> None:
@@ -60,17 +63,17 @@ class BackupWriter:
     def put_blob(self, digest: digest_pb2.Digest, pieces: Iterable[bytes]) -> None:
         """Writes a blob; its bytes must have been verified."""
         path = self._path(digest)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write(path, pieces)
 
     def finish(self) -> dict[str, object]:
         """Removes the blobs of earlier backups, writes the manifest and returns it."""
-        for folder in self._blobs.iterdir():
-            for path in folder.iterdir():
-                if path.name not in self._names:
-                    path.unlink()
+        for path in self._blobs.glob("*/*"):
+            if path.name not in self._names:
+                path.unlink()
         manifest: dict[str, object] = {
             "format": FORMAT,
+            "service": self._service,
             "release": __version__,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "row_file_bytes": self._rows.stat().st_size,
@@ -84,33 +87,41 @@ class BackupWriter:
         return self._blobs / digest.hash[:2] / digest.hash
 
 
-def read_manifest(folder: Path) -> dict[str, object]:
+def read_manifest(folder: Path, service: str) -> dict[str, object]:
     """Returns the manifest of a complete backup.
 
+    Args:
+        folder: Holds the backup.
+        service: What must have been backed up, `urza` or `oona`.
+
     Raises:
-        BackupError: Where `folder` holds none that this release can read.
+        BackupError: Where `folder` holds none of the service that this release can read.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         found = manifest["format"]
+        held = manifest.get("service", "urza")
     except FileNotFoundError:
         raise BackupError(f"{folder} is no complete backup: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise BackupError(f"{folder} is no backup: its {MANIFEST} cannot be read") from None
     if found != FORMAT:
         raise BackupError(f"{folder} is a backup of format {found}; this release reads {FORMAT}")
+    if held != service:
+        raise BackupError(f"{folder} is a backup of {held}, not of {service}")
     return dict(manifest)
 
 
-def copy_backup(folder: Path, target: Path) -> None:
+def copy_backup(folder: Path, target: Path, service: str) -> None:
     """Copies a complete backup to `target`, as the directory of a store that it lays out.
 
     Raises:
         BackupError: As `read_manifest` does.
     """
-    read_manifest(folder)
+    read_manifest(folder, service)
     for name in ("rows", "blobs"):
-        shutil.copytree(folder / name, target / name)
+        if (folder / name).exists():
+            shutil.copytree(folder / name, target / name)
 
 
 def _write(path: Path, pieces: Iterable[bytes]) -> None:
