@@ -10,7 +10,7 @@ BUILD_REQUIRES := 'setuptools>=77' wheel 'pybind11>=2.13' ninja 'grpcio-tools>=1
 # Spinning OpenMP workers of several processes on few cores slow each other down a hundredfold.
 QUIET_THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: arenas chaos chaos-train setup protos native demo test sanitize lint typecheck bench targets clean
+.PHONY: arenas chaos chaos-train setup protos native demo test sanitize lint typecheck bench grid targets clean
 
 setup: $(STAMP) native
 
@@ -75,8 +75,15 @@ typecheck: setup
 chaos-train: setup
 	$(QUIET_THREADS) $(BIN)/python benchmarks/chaos/run.py --kills 100 --epochs 16 --kills-per-run 12
 
-bench: setup
+# Kasmina's whole grid, at most 20 minutes on two idle cores; stopped, it goes on where it was. MINUTES=5 ends it
+# earlier. The tables and drawings are of all that was measured so far.
+GRID := runs/kasmina-grid
+grid: setup
 	mkdir -p runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kasmina.grid --minutes $(or $(MINUTES),20) --out $(GRID).jsonl \
+	  --json $(GRID).json --page $(GRID).md --map $(GRID)-map.svg --growth $(GRID)-growth.svg
+
+bench: grid
 	$(BIN)/python -m pytest benchmarks -q -p no:xdist --benchmark-only --benchmark-json=runs/benchmarks.json
 
 # Kasmina's targets beside what this machine shows.

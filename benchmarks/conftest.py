@@ -36,10 +36,7 @@ SideBySide = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds the choice of the grid."""
-    parser.addoption(
-        "--whole-grid", action="store_true", help="every shape; default: some that stand for them"
-    )
+    """Adds what is measured, and how long."""
     parser.addoption(
         "--with-compile", action="store_true", help="torch.compile forms as well, minutes a shape"
     )

@@ -44,6 +44,8 @@ def interleaved(
     budget_s: float = 4.0,
     clock: Callable[[], float] = time.process_time,
     rounds: int = ROUNDS,
+    least_rounds: int = LEAST_ROUNDS,
+    warm_up: int = WARM_UP,
 ) -> dict[str, float]:
     """Returns the median seconds of each, over rounds that call each once.
 
@@ -52,17 +54,19 @@ def interleaved(
         clock: What measures. The processor's time, the default, suits what computes on one thread:
             a neighbour who takes the core away is not counted. What waits for others needs
             ``time.perf_counter``.
-        budget_s: Rounds end after this time, but not before ``LEAST_ROUNDS``. Rounds that warm up
+        budget_s: Rounds end after this time, but not before ``least_rounds``. Rounds that warm up
             do not count: what has to be compiled is compiled in them.
         rounds: At most so many rounds are measured.
+        least_rounds: At least so many are.
+        warm_up: Rounds before them that are not measured, but no more than ``rounds``.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    warm_up = min(WARM_UP, rounds)
+    warm_up = min(warm_up, rounds)
     for round_number in range(warm_up + rounds):
         measured = round_number - warm_up
         if measured == 0:
             began = time.perf_counter()
-        if measured >= LEAST_ROUNDS and time.perf_counter() - began > budget_s:
+        if measured >= least_rounds and time.perf_counter() - began > budget_s:
             break
         for name, call in contenders.items():
             started = clock()

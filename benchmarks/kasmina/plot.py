@@ -1,129 +1,42 @@
-"""Draws a benchmark run: ``python -m benchmarks.kasmina.plot RUN.json OUT.svg [--table OUT.md]``.
+"""Tables and drawings of the grid's rows."""
 
-One panel for each group. A few shapes are drawn as dots, one for each alternative, at how many
-times longer it took than ours; a whole grid as a map of the ratio of the best alternative.
-"""
-
-import argparse
-import json
 import math
-import re
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from benchmarks.kasmina.rows import GROUPS
+from benchmarks.kasmina.rows import Cell
+from benchmarks.kasmina.rows import Row
+from benchmarks.kasmina.rows import Shape
+
 COLOURS = {
+    "ours": "#000000",
     "loop": "#7f7f7f",
     "bmm": "#d95f02",
     "vmap": "#7570b3",
     "compiled loop": "#1b9e77",
     "compiled bmm": "#e7298a",
 }
-GROUPS = (
-    "forward",
-    "forward with telemetry",
-    "forward and backward",
-    "forward and backward with telemetry",
-)
-MANY = 20
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What one group shows at one shape.
-
-    Attributes:
-        ratios: Time of each alternative over ours.
-        roofline: Share of the roofline that ours reaches.
-        median_s: Median of ours.
-    """
-
-    ratios: dict[str, float]
-    roofline: float
-    median_s: float
-
-    @property
-    def best(self) -> str:
-        """The alternative that took the least."""
-        return min(self.ratios, key=lambda name: self.ratios[name])
-
-    @property
-    def ratio(self) -> float:
-        """Its time over ours."""
-        return self.ratios[self.best]
-
-
-Panels = dict[str, dict[str, Cell]]
-
-
-def panels(run: Path) -> tuple[Panels, dict[str, dict[str, float]]]:
-    """Returns what a run shows by group and shape, and megabytes by shape and alternative."""
-    groups: Panels = {}
-    memory: dict[str, dict[str, float]] = {}
-    for test in json.loads(run.read_text())["benchmarks"]:
-        info = test["extra_info"]
-        if test["group"] in GROUPS:
-            groups.setdefault(test["group"], {})[test["param"]] = Cell(
-                info["median_over_ours"], info["share_of_roofline"], info["interleaved_median_s"]
-            )
-        elif "megabytes" in info:
-            memory[test["param"]] = info["megabytes"]
-    return groups, memory
-
-
-def draw_dots(groups: Panels, figure: Figure) -> None:
-    """Draws the panels side by side, shapes in the order of the run."""
-    figure.set_size_inches(3.2 * len(groups) + 1.5, 4.2)
-    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)
-    for axis, (group, shapes) in zip(axes[0], groups.items(), strict=True):
-        names = list(shapes)
-        alternatives = sorted({name for cell in shapes.values() for name in cell.ratios})
-        for alternative in alternatives:
-            axis.plot(
-                [shapes[name].ratios.get(alternative) for name in names],
-                range(len(names)),
-                "o",
-                label=alternative,
-                color=COLOURS.get(alternative),
-            )
-        axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_yticks(range(len(names)), names)
-        axis.set_title(group, fontsize=9)
-        axis.grid(axis="x", alpha=0.3)
-    axes[0][0].invert_yaxis()
-    axes[0][0].set_xlabel("time over ours", fontsize=9)
-    axes[0][-1].legend(fontsize=8)
-
-
-def _place(shape: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Row (tokens, width) and column (seeds, rank) of a shape."""
-    found = re.fullmatch(r"N(\d+)-D(\d+)-S(\d+)-r(\d+)", shape)
-    assert found is not None, shape
-    tokens, width, seeds, rank = (int(number) for number in found.groups())
-    return (tokens, width), (seeds, rank)
-
-
-def draw_map(groups: Panels, figure: Figure) -> None:
+def draw_map(rows: Sequence[Row], figure: Figure) -> None:
     """Draws the ratio of the best alternative, tokens and width down, seeds and rank across."""
     figure.set_size_inches(15, 9)
     axes = figure.subplots(2, 2).flat
-    for axis, (group, shapes) in zip(axes, groups.items(), strict=True):
-        _map_of(group, {_place(name): cell for name, cell in shapes.items()}, axis)
+    for axis, group in zip(axes, GROUPS, strict=True):
+        _map_of(group, {row.shape: row.groups[group] for row in rows}, axis)
 
 
-def _map_of(
-    group: str, cells: dict[tuple[tuple[int, int], tuple[int, int]], Cell], axis: Axes
-) -> None:
-    rows = sorted({row for row, _ in cells})
-    columns = sorted({column for _, column in cells})
+def _map_of(group: str, cells: dict[Shape, Cell], axis: Axes) -> None:
+    places = {(shape[:2], shape[2:]): cell for shape, cell in cells.items()}
+    rows = sorted({row for row, _ in places})
+    columns = sorted({column for _, column in places})
     logs = [
         [
-            math.log2(cells[row, column].ratio) if (row, column) in cells else math.nan
+            math.log2(places[row, column].ratio) if (row, column) in places else math.nan
             for column in columns
         ]
         for row in rows
@@ -131,8 +44,8 @@ def _map_of(
     axis.imshow(logs, cmap="RdYlGn", norm=TwoSlopeNorm(0.0, -2.0, 4.0), aspect="auto")
     for y, row in enumerate(rows):
         for x, column in enumerate(columns):
-            if (row, column) in cells:
-                text = f"{cells[row, column].ratio:.1f}"
+            if (row, column) in places:
+                text = f"{places[row, column].ratio:.1f}"
                 axis.text(x, y, text, ha="center", va="center", fontsize=7)
     axis.set_xticks(
         range(len(columns)), [f"{s} x {r}" for s, r in columns], rotation=90, fontsize=7
@@ -143,42 +56,58 @@ def _map_of(
     axis.set_ylabel("tokens, width", fontsize=8)
 
 
-def table(groups: Panels, memory: dict[str, dict[str, float]]) -> str:
-    """Returns a row a shape: ratio of the best alternative, its name, share of the roofline."""
-    heads = ["tokens, width, seeds, rank", *GROUPS]
-    if memory:
-        heads.append("MB, ours / least other")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for shape in groups[GROUPS[0]]:
-        cells = [groups.get(group, {}).get(shape) for group in GROUPS]
-        shown = [
-            "-" if cell is None else f"{cell.ratio:.2f} {cell.best}, {cell.roofline:.0%}"
-            for cell in cells
+def draw_growth(rows: Sequence[Row], figure: Figure) -> None:
+    """Draws how times grow with the seeds and with the tokens, all else as in the middle."""
+    figure.set_size_inches(11, 7.5)
+    axes = figure.subplots(2, 2)
+    for axis, group in zip(axes[0], ("forward", "forward and backward"), strict=True):
+        chosen = [row for row in rows if (*row.shape[:2], row.shape[3]) == (512, 768, 16)]
+        _lines(axis, chosen, 2, group)
+        axis.set_xlabel("seeds (512 tokens, width 768, rank 16)", fontsize=8)
+    for axis, group in zip(axes[1], ("forward", "forward and backward"), strict=True):
+        chosen = [row for row in rows if row.shape[1:] == (768, 16, 16)]
+        _lines(axis, chosen, 0, group)
+        axis.set_xlabel("tokens (width 768, 16 seeds of rank 16)", fontsize=8)
+    axes[0][0].legend(fontsize=8)
+
+
+def _lines(axis: Axes, rows: Sequence[Row], along: int, group: str) -> None:
+    rows = sorted(rows, key=lambda row: row.shape)
+    for name, colour in COLOURS.items():
+        points = [
+            (row.shape[along], row.groups[group].median_s * row.groups[group].ratios.get(name, 1.0))
+            for row in rows
+            if name == "ours" or name in row.groups[group].ratios
         ]
-        if memory:
-            others = dict(memory.get(shape, {}))
-            own = others.pop("ours", None)
-            shown.append("-" if own is None else f"{own:.0f} / {min(others.values()):.0f}")
-        (tokens, width), (seeds, rank) = _place(shape)
-        lines.append(f"| {tokens}, {width}, {seeds}, {rank} | {' | '.join(shown)} |")
+        if points:
+            axis.plot(*zip(*points, strict=True), "o-", color=colour, label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_ylabel("seconds", fontsize=8)
+    axis.set_title(group, fontsize=9)
+    axis.grid(alpha=0.3)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Returns a row a shape: ratio of the best alternative, its name, share of the roofline.
+
+    Args:
+        rows: The rows; shapes at which compiled forms were measured carry a star.
+    """
+    heads = ["tokens, width, seeds, rank", *GROUPS, "MB, ours / least other"]
+    lines = [
+        "Each cell: time of the best alternative over ours, its name, and ours as a share of the "
+        "roofline. At shapes with a star what `torch.compile` makes of the loop and of the stacked "
+        "product is among the alternatives, at the others it is not.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+    ]
+    for row in sorted(rows, key=lambda row: row.shape):
+        cells = [row.groups[group] for group in GROUPS]
+        shown = [f"{cell.ratio:.2f} {cell.best}, {cell.roofline:.0%}" for cell in cells]
+        others = [value for name, value in row.megabytes.items() if name != "ours"]
+        shown.append(f"{row.megabytes['ours']:.0f} / {min(others):.0f}")
+        star = "*" if "compiled bmm" in cells[0].ratios else ""
+        lines.append(f"| {', '.join(map(str, row.shape))}{star} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    """Reads the run and writes the picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--table", type=Path, help="where to write a table of all shapes")
-    given = parser.parse_args()
-    groups, memory = panels(given.run)
-    figure = Figure(layout="tight")
-    draw = draw_map if len(groups[GROUPS[0]]) > MANY else draw_dots
-    draw(groups, figure)
-    figure.savefig(given.out)
-    if given.table is not None:
-        given.table.write_text(table(groups, memory))
-
-
-if __name__ == "__main__":
-    main()

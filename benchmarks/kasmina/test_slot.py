@@ -1,8 +1,9 @@
 """One slot with many bottleneck seeds, against what a user would otherwise write.
 
-By default some shapes of the grid: one that stands for it, and its neighbours along tokens, seeds,
-rank and width. ``--whole-grid`` runs every shape, ``--with-compile`` what ``torch.compile`` makes
-of the loop and of the stacked form as well: minutes a shape, as every shape is compiled anew.
+Some shapes of the grid: one that stands for it, and its neighbours along tokens, seeds, rank and
+width; ``benchmarks.kasmina.grid`` measures all of it. ``--with-compile`` adds what
+``torch.compile`` makes of the loop and of the stacked form: minutes a shape, as every shape is
+compiled anew.
 """
 
 from collections.abc import Callable
@@ -18,10 +19,6 @@ from benchmarks.kasmina.problem import first_of
 from benchmarks.kasmina.problem import with_compiled
 from benchmarks.timing import peak_of_temporaries
 
-TOKENS = (32, 512, 8192)
-WIDTHS = (64, 768, 4096)
-SEEDS = (1, 4, 16, 64, 256)
-RANKS = (4, 16, 64)
 SOME = [
     (2048, 768, 12, 16),
     (32, 64, 4, 16),
@@ -39,18 +36,8 @@ Shape = tuple[int, int, int, int]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    shapes = SOME
-    if metafunc.config.getoption("whole_grid"):
-        shapes = SOME[:1] + [
-            (tokens, width, seeds, rank)
-            for tokens in TOKENS
-            for width in WIDTHS
-            for seeds in SEEDS
-            for rank in RANKS
-            if seeds <= width
-        ]
     metafunc.parametrize(
-        "shape", shapes, ids=[f"N{n}-D{d}-S{s}-r{r}" for n, d, s, r in shapes], scope="module"
+        "shape", SOME, ids=[f"N{n}-D{d}-S{s}-r{r}" for n, d, s, r in SOME], scope="module"
     )
 
 
