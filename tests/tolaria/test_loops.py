@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch import nn
 from torch.amp import GradScaler
+from torch.optim import LBFGS
 from torch.optim import SGD
 from torch.optim import Adam
 from torch.optim import Optimizer
@@ -135,6 +136,48 @@ def test_closures_train_as_plain_steps_do(
                 optimizer.step()
 
     _same(_trained(closures, optimizers), _trained(_plain, optimizers))
+
+
+def test_beside_lbfgs_newborns_are_trained_by_another_optimizer() -> None:
+    def with_adam(model: nn.Module) -> list[Optimizer]:
+        first, last = model.get_submodule("host.0"), model.get_submodule("host.2")
+        return [LBFGS(first.parameters(), lr=0.1, max_iter=3), Adam(last.parameters(), lr=0.01)]
+
+    evaluations = []
+
+    def loop(run: Run, batches: Iterator[Tensor]) -> None:
+        for x in batches:
+
+            def closure(x: Tensor = x) -> float:
+                run.zero_grad()
+                loss = run.loss(x)
+                loss.backward()  # type: ignore[no-untyped-call]
+                evaluations.append(loss.item())
+                return loss.item()
+
+            for optimizer in run.optimizers:
+                optimizer.step(closure)
+
+    run = _trained(loop, with_adam)
+    assert len(evaluations) > 2 * 6, "a line of several evaluations each"
+    homes = [graft.optimizer.host_optimizer for graft in run.protocol.live.values()]  # type: ignore[union-attr]
+    assert homes == [run.optimizers[1]] * 2
+    assert run.model.seed_state("0", 0).name == "GRAFTING", "the steps of LBFGS count"
+
+
+def test_under_autocast_the_host_does_not_notice_a_newborn() -> None:
+    def autocast(run: Run, batches: Iterator[Tensor]) -> None:
+        for x in list(batches)[:4]:  # up to the ramp
+            run.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = run.loss(x)
+            loss.backward()  # type: ignore[no-untyped-call]
+            run.step()
+
+    grown, bare = _trained(autocast), Run(_one, born=False)
+    autocast(bare, _batches())
+    for name, value in bare.model.host.state_dict().items():
+        assert torch.equal(grown.model.host.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

@@ -1,6 +1,8 @@
 """Newborn optimizers equal a reference run and hand their state over."""
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 
 import pytest
@@ -11,12 +13,19 @@ from torch.optim import lr_scheduler
 from torch.optim import swa_utils
 
 import esper
+from esper.tolaria.optimizer_state import OptimizerState
+from esper.tolaria.optimizer_state import capture
+from esper.tolaria.optimizer_state import restore
 from esper.tolaria.optimizers import NewbornOptimizer
+from esper.tolaria.optimizers import NewbornState
 from esper.tolaria.optimizers import check_all
 from esper.tolaria.optimizers import check_supported
 from esper.tolaria.optimizers import find_home
 from esper.tolaria.optimizers import forget
 from esper.tolaria.optimizers import host_group_index
+from esper.tolaria.packing import Packed
+from esper.tolaria.packing import pack
+from esper.tolaria.packing import unpack
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
@@ -42,6 +51,13 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "Adam by tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), foreach=False),
 }
 REFUSED = {"LBFGS", "SparseAdam"}
+
+
+@dataclass(frozen=True)
+class _Written:
+    user: OptimizerState
+    twin: NewbornState
+    weights: dict[str, torch.Tensor]
 
 
 def _parameter(seed: int) -> nn.Parameter:
@@ -89,6 +105,48 @@ def test_clipping_of_the_host_is_told_from_what_the_optimizer_itself_does(name: 
         seen.append(twin.misses_clipping())
         twin.step()
     assert seen == [False, True, False]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_users_and_newborns_go_on_from_what_was_written_of_them(name: str) -> None:
+    class Pair:
+        """A host and a newborn with their optimizers."""
+
+        def __init__(self) -> None:
+            self.parameters = {"host": _parameter(0), "newborn": _parameter(1)}
+            self.names = {parameter: name for name, parameter in self.parameters.items()}
+            self.user = OPTIMIZERS[name]([self.parameters["host"]])
+            self.twin = NewbornOptimizer([self.parameters["newborn"]], self.user, 0, warmup_steps=5)
+
+        def train(self, steps: range) -> None:
+            for step in steps:
+                self.parameters["host"].grad = _gradient(step)
+                self.parameters["newborn"].grad = _gradient(-step)
+                self.user.step()
+                self.twin.step()
+
+        def write(self) -> Packed:
+            weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
+            state = _Written(capture(self.user, self.names), self.twin.state(self.names), weights)
+            packed = pack(state, "state")
+            tensors = {name: tensor.clone() for name, tensor in packed.tensors.items()}
+            return Packed(json.loads(json.dumps(packed.document)), tensors)
+
+        def read(self, packed: Packed) -> None:
+            state = unpack(_Written, packed, "state")
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(state.weights[name])
+            restore(self.user, state.user, self.parameters)
+            self.twin.resume(state.twin, self.parameters)
+
+    whole, resumed = Pair(), Pair()
+    whole.train(range(3))
+    resumed.read(whole.write())
+    for pair in (whole, resumed):
+        pair.train(range(3, 8))
+    for mine, theirs in zip(whole.names, resumed.names, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_the_host_never_notices_a_newborn() -> None:
