@@ -44,15 +44,16 @@ def _planted(state: str) -> tuple[MorphableModel, Optimizer]:
     return model, Adam(model.parameters(), lr=0.01)
 
 
-def _session(model: MorphableModel, optimizer: Optimizer, epochs: int = 3) -> Session:
+def _session(model: MorphableModel, optimizer: Optimizer, resume: Path | None = None) -> Session:
     return esper.session(
         model,
         optimizer,
-        epochs=epochs,
+        epochs=3,
         held_out=TASK.held_out_batches(),
         loss=TASK.loss,
         plane=NOWHERE,
         config=QUICK,
+        resume=resume,
     )
 
 
@@ -119,6 +120,29 @@ def test_a_seed_of_a_loaded_model_comes_to_its_end(state: str, tmp_path: Path) -
     assert found["in_users"] == [int(kept)] * len(found["in_users"])
     assert all(before <= after for before, after in pairwise([found["alpha"], *found["alphas"]]))
     assert found["learnt"] or state in ("STABILIZATION", "EVALUATING")
+
+
+def test_a_run_that_took_a_seed_over_is_resumed_as_any_other(tmp_path: Path) -> None:
+    ends = []
+    for resume in (None, tmp_path / "saved"):
+        model, optimizer = _planted("TRAINING")
+        if resume is not None:  # made as for a new run: the checkpoint has the seed
+            model = esper.wrap(TASK.host(0), target_layers=["net"], seeds_per_layer=2)
+            optimizer = Adam(model.parameters(), lr=0.01)
+        with _session(model, optimizer, resume) as session:
+            for epoch in range(session.epoch, 3):
+                for number, batch in enumerate(TASK.train_batches(0, epoch)):
+                    if session.step != 17 * epoch + number:
+                        continue  # of before the checkpoint
+                    train_epoch(model, optimizer, [batch], TASK.loss)
+                    if resume is None and session.step == 12:
+                        assert model.seed_state("net", 1).name == "GRAFTING"
+                        session.save(tmp_path / "saved")
+                session.epoch_end()
+        ends.append((model.state_dict(), session.history.events))
+    assert ends[0][1] == ends[1][1]
+    for name, value in ends[0][0].items():
+        assert torch.equal(ends[1][0][name], value), name
 
 
 def test_alpha_goes_on_from_where_it_is() -> None:
