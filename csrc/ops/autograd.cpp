@@ -25,6 +25,10 @@ const c10::TypedOperatorHandle<Signature>& handle(const char* name) {
   return found;
 }
 
+std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
+
 // Whether the values of a tensor can be read here: not while a graph is traced with fake tensors.
 bool readable(const at::Tensor& tensor) {
   return tensor.device().is_cpu() && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
@@ -64,36 +68,53 @@ at::Tensor snapshot(const at::Tensor& scalars, Plan& plan) {
   return rows;
 }
 
+// Whether forward computes a hidden layer that backward may want: keeping it is faster than computing it again.
+bool wants_hidden(const at::Tensor& h, const std::optional<at::Tensor>& x, at::TensorList params,
+                  const at::Tensor& scalars, Plan& plan) {
+  const auto trains = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
+  if (!at::GradMode::is_enabled() || !(trains(h) || (x.has_value() && trains(*x)) ||
+                                       std::any_of(params.begin(), params.end(), trains))) {
+    return false;
+  }
+  if (!readable(scalars)) return true;  // traced: a blending seed may come
+  const auto* alpha = scalars.const_data_ptr<float>();
+  for (std::size_t i = 0; i < plan.seeds(); ++i) {
+    const auto row = plan.at(i, 0);
+    if (row >= 0 && 3 * row < scalars.numel() && alpha[3 * row] != 0.0f) return true;
+  }
+  return false;
+}
+
 class SlotFunction : public torch::autograd::Function<SlotFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const at::Tensor& h,
                                const std::optional<at::Tensor>& x, at::TensorList params,
-                               const at::Tensor& scalars, const Plan& plan, bool telemetry) {
+                               const at::Tensor& scalars, const Plan& plan, bool telemetry, bool keep) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, stats] =
-        handle<SlotForward>("esper::slot_forward").call(h, x, params, scalars, plan.values, telemetry);
+    auto [y, stats, hidden] =
+        handle<SlotForward>("esper::slot_forward").call(h, x, params, scalars, plan.values, telemetry, keep);
     Plan own = plan;
     const bool has_input = x.has_value() && x->defined();
     variable_list saved{own.any_reads(Source::kOutput) ? h : at::Tensor(),
                         has_input && own.any_reads(Source::kInput) ? *x : at::Tensor(),
-                        snapshot(scalars, own)};
+                        snapshot(scalars, own), hidden.sym_numel() != 0 ? hidden : at::Tensor()};
     saved.insert(saved.end(), params.begin(), params.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["plan"] = std::move(own.values);
     ctx->saved_data["has_input"] = has_input;
-    ctx->mark_non_differentiable({stats});
+    ctx->mark_non_differentiable({stats, hidden});
     ctx->set_materialize_grads(false);
-    return {std::move(y), std::move(stats)};
+    return {std::move(y), std::move(stats), std::move(hidden)};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const Plan plan{ctx->saved_data["plan"].toIntVector()};
     const bool has_input = ctx->saved_data["has_input"].toBool();
-    const auto &h = saved[0], &x = saved[1], &scalars = saved[2];
-    const at::TensorList params(saved.data() + 3, saved.size() - 3);
-    // One for each argument of forward: h, x, params, scalars, plan, telemetry.
-    variable_list result(2 + params.size() + 3);
+    const auto &h = saved[0], &x = saved[1], &scalars = saved[2], &hidden = saved[3];
+    const at::TensorList params(saved.data() + 4, saved.size() - 4);
+    // One for each argument of forward: h, x, params, scalars, plan, telemetry, keep.
+    variable_list result(2 + params.size() + 4);
     const auto& dy = grads[0];
     if (!dy.defined()) return result;
 
@@ -123,9 +144,8 @@ class SlotFunction : public torch::autograd::Function<SlotFunction> {
     result[0] = dy;  // the identity path; nothing else where no seed sends to h
     if (std::any_of(need.begin(), need.end(), [](std::int64_t flag) { return flag != 0; })) {
       auto [dh, dx, dparams] = handle<SlotBackward>("esper::slot_backward")
-                                   .call(dy, h.defined() ? std::optional(h) : std::nullopt,
-                                         x.defined() ? std::optional(x) : std::nullopt, params, scalars,
-                                         plan.values, need);
+                                   .call(dy, if_defined(h), if_defined(x), params, scalars, plan.values,
+                                         if_defined(hidden), need);
       if (need[kNeedHost]) result[0] = std::move(dh);
       if (need[kNeedInput]) result[1] = std::move(dx);
       for (std::size_t p = 0; p < params.size(); ++p) {
@@ -136,24 +156,23 @@ class SlotFunction : public torch::autograd::Function<SlotFunction> {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> slot_forward_autograd(const at::Tensor& h,
-                                                         const std::optional<at::Tensor>& x,
-                                                         at::TensorList params,
-                                                         const at::Tensor& scalars,
-                                                         at::IntArrayRef plan, bool telemetry) {
-  auto outputs = SlotFunction::apply(h, x, params, scalars, Plan{plan.vec()}, telemetry);
-  return {std::move(outputs[0]), std::move(outputs[1])};
+Outputs slot_forward_autograd(const at::Tensor& h, const std::optional<at::Tensor>& x, at::TensorList params,
+                              const at::Tensor& scalars, at::IntArrayRef plan, bool telemetry, bool keep) {
+  Plan own{plan.vec()};
+  keep |= wants_hidden(h, x, params, scalars, own);
+  auto outputs = SlotFunction::apply(h, x, params, scalars, own, telemetry, keep);
+  return {std::move(outputs[0]), std::move(outputs[1]), std::move(outputs[2])};
 }
 
 }  // namespace
 
 TORCH_LIBRARY(esper, m) {
   m.def(
-      "slot_forward(Tensor h, Tensor? x, Tensor[] params, Tensor scalars, int[] plan, bool telemetry) -> "
-      "(Tensor y, Tensor stats)");
+      "slot_forward(Tensor h, Tensor? x, Tensor[] params, Tensor scalars, int[] plan, bool telemetry, "
+      "bool keep=False) -> (Tensor y, Tensor stats, Tensor hidden)");
   m.def(
       "slot_backward(Tensor dy, Tensor? h, Tensor? x, Tensor[] params, Tensor scalars, int[] plan, "
-      "int[] need) -> (Tensor dh, Tensor dx, Tensor[] dparams)");
+      "Tensor? hidden, int[] need) -> (Tensor dh, Tensor dx, Tensor[] dparams)");
 }
 
 TORCH_LIBRARY_IMPL(esper, Autograd, m) {

@@ -113,7 +113,7 @@ SlotCall check_slot(const char* host_name, const at::Tensor& host, const std::op
   const auto* rows = scalars.const_data_ptr<float>();
   for (std::size_t i = 0; i < seeds; ++i) {
     const Record record(plan, i);
-    auto& [shape, seed_scalars, index] = call.seeds[i];
+    auto& [shape, seed_scalars, index, hidden] = call.seeds[i];
     const float* row = rows + 3 * record.in(0, 0, scalars.size(0));
     for (std::size_t k = 0; k < 3; ++k) {
       TORCH_CHECK_VALUE(row[k] >= 0.0f && row[k] <= 1.0f, "scalars: ", kScalarNames[k], " of seed ", i,
@@ -146,6 +146,8 @@ SlotCall check_slot(const char* host_name, const at::Tensor& host, const std::op
     TORCH_CHECK_VALUE(!(affine || squeezes) || shape.source_width == shape.width, "plan: ",
                       affine ? "affine" : "squeeze-excite", " seed ", i, " reads ", shape.source_width,
                       " features but its chunk has ", shape.width);
+    hidden = call.hidden_width;
+    if (shape.family == Family::kBottleneck) call.hidden_width += shape.rank * (shape.gated ? 2 : 1);
     const auto window = record.in(10, depthwise ? 1 : 0, depthwise ? kMaxWindow + 1 : 1);
     TORCH_CHECK_VALUE(!depthwise || window % 2 == 1, "plan: window of seed ", i, " is ", window,
                       " but must be odd");
@@ -196,7 +198,7 @@ SlotCall check_slot(const char* host_name, const at::Tensor& host, const std::op
 }
 
 void check_backward(const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
-                    at::TensorList params, at::IntArrayRef need) {
+                    at::TensorList params, const std::optional<at::Tensor>& hidden, at::IntArrayRef need) {
   TORCH_CHECK_VALUE(need.size() == kNeedParams + params.size(), "need has ", need.size(),
                     " flags but must have ", kNeedParams + params.size());
   const bool has_host = h.has_value() && h->defined();
@@ -206,6 +208,13 @@ void check_backward(const SlotCall& call, const at::Tensor& dy, const std::optio
     TORCH_CHECK_VALUE(h->sizes() == dy.sizes() && h->scalar_type() == dy.scalar_type(), "h is ",
                       h->scalar_type(), " ", h->sizes(), " but dy is ", dy.scalar_type(), " ",
                       dy.sizes());
+  }
+  if (hidden.has_value() && hidden->defined()) {
+    const auto elements = call.tokens * call.hidden_width;
+    TORCH_CHECK_VALUE(hidden->dim() == 1 && hidden->numel() == elements && hidden->scalar_type() == call.compute_type &&
+                          hidden->is_contiguous() && hidden->device() == dy.device(),
+                      "hidden is ", hidden->scalar_type(), " ", hidden->sizes(), " on ", hidden->device(),
+                      " but must be a contiguous ", call.compute_type, " [", elements, "] on ", dy.device());
   }
 }
 

@@ -87,6 +87,7 @@ cpu::SlotJob<T> start_job(const SlotCall& call) {
     auto& packed = job.seeds.emplace_back();
     packed.shape = seed.shape;
     packed.scalars = seed.scalars;
+    packed.kept = seed.hidden;
     packed.elsewhere = is_elsewhere(call, seed);
   }
   return job;
@@ -96,7 +97,11 @@ cpu::SlotJob<T> start_job(const SlotCall& call) {
 template <class T>
 class Passage {
  public:
-  Passage(std::int64_t tokens, std::initializer_list<const Viewed*> tensors) : tokens_(tokens) {
+  // `hidden` may be undefined.
+  Passage(const SlotCall& call, const at::Tensor& hidden, std::initializer_list<const Viewed*> tensors)
+      : tokens_(call.tokens) {
+    const auto tokens = tokens_;
+    if (hidden.defined()) hidden_ = hidden.template mutable_data_ptr<T>();
     std::int64_t widest = 1;
     for (const auto* viewed : tensors) {
       if (!viewed->defined() || viewed->direct(tokens)) continue;
@@ -138,6 +143,8 @@ class Passage {
         kernels.scatter(tile, rows, viewed.tensor.size(-1), first, viewed.view);
       };
       cpu::SlotTensors<T> tensors;
+      tensors.hidden = hidden_;
+      tensors.first = first;
       tensors.h = place(h, true);
       tensors.x = place(x, true);
       tensors.dy = place(dy, true);
@@ -156,17 +163,19 @@ class Passage {
 
  private:
   std::int64_t tokens_, rows_ = cpu::kBlock, elements_ = 0;
+  T* hidden_ = nullptr;
   bool staged_ = false;
 };
 
 template <class T>
-std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tensor& h,
-                                           const std::optional<at::Tensor>& x, at::TensorList params,
-                                           bool telemetry) {
+Outputs forward(const SlotCall& call, const at::Tensor& h, const std::optional<at::Tensor>& x,
+                at::TensorList params, bool telemetry, bool keep) {
   const auto seeds = static_cast<std::int64_t>(call.seeds.size());
   const auto from = Viewed::input(h, call.compute_type);
   const auto input = call.input_width > 0 ? Viewed::input(*x, call.compute_type) : Viewed();
   const auto y = Viewed::output(h, call.compute_type, in_planes(h));
+  const auto in_type = h.options().dtype(call.compute_type);
+  const auto hidden = keep ? recycled_empty({call.tokens * call.hidden_width}, in_type) : at::Tensor();
   auto stats = at::empty({telemetry ? seeds : 0, kNumStats}, h.options().dtype(at::kDouble));
   const Operands<T> operands(call, params);
   auto job = start_job<T>(call);
@@ -174,7 +183,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tenso
   cpu::pack(job, operands.tensors, false);
 
   const auto division = divide(call);
-  const Passage<T> passage(call.tokens, {&from, &input, &y});
+  const Passage<T> passage(call, hidden, {&from, &input, &y});
   const auto own = cpu::round_up(job.scratch, 64);
   const auto stride = own + cpu::round_up(passage.elements(), 64);
   const auto scratch = aligned_memory<T>(stride * division.workers);
@@ -196,8 +205,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tenso
       }
     }
   }
-  forward_large(call, h, x, operands.owned, y.tensor, rows);
-  return {y.tensor, std::move(stats)};
+  forward_large(call, h, x, operands.owned, y.tensor, hidden, rows);
+  return {y.tensor, std::move(stats), keep ? hidden : at::empty({0}, in_type)};
 }
 
 // Sum over the workers, in their order, of one gradient whose element (i, j) lies at i * row + j * column;
@@ -215,9 +224,9 @@ void reduce(const T* accumulators, std::int64_t stride, std::int64_t workers, st
 }
 
 template <class T>
-std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
-    const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
-    const std::optional<at::Tensor>& x, at::TensorList params, at::IntArrayRef need) {
+Gradients backward(const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
+                   const std::optional<at::Tensor>& x, at::TensorList params, const at::Tensor& hidden,
+                   at::IntArrayRef need) {
   const auto grad = Viewed::input(dy, call.compute_type);
   const auto from = call.reads_output ? Viewed::input(*h, call.compute_type) : Viewed();
   const auto input = call.input_width > 0 ? Viewed::input(*x, call.compute_type) : Viewed();
@@ -243,7 +252,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
   cpu::pack(job, operands.tensors, true);
 
   const auto division = divide(call);
-  const Passage<T> passage(call.tokens, {&from, &input, &grad, &dh, &dx});
+  const Passage<T> passage(call, hidden, {&from, &input, &grad, &dh, &dx});
   const auto own = cpu::round_up(job.scratch, 64);
   const auto stride = own + cpu::round_up(passage.elements(), 64);
   const auto scratch = aligned_memory<T>(stride * division.workers);
@@ -278,7 +287,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
                 static_cast<T*>(dparams[index].mutable_data_ptr()));
     });
   }
-  backward_large(call, dy, h, x, operands.owned, need, dh.tensor, dx.tensor, dparams);
+  backward_large(call, dy, h, x, operands.owned, hidden, need, dh.tensor, dx.tensor, dparams);
   for (std::size_t p = 0; p < params.size(); ++p) {
     const bool needed = need[kNeedParams + p] != 0;
     if (!dparams[p].defined()) dparams[p] = at::zeros(needed ? params[p].sizes() : at::IntArrayRef{0}, params[p].options());
@@ -288,26 +297,27 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
   return {need_dh ? dh.tensor : absent(), need_dx ? dx.tensor.to(x->scalar_type()) : absent(), std::move(dparams)};
 }
 
-std::tuple<at::Tensor, at::Tensor> slot_forward_cpu(const at::Tensor& h,
-                                                    const std::optional<at::Tensor>& x,
-                                                    at::TensorList params, const at::Tensor& scalars,
-                                                    at::IntArrayRef plan, bool telemetry) {
+Outputs slot_forward_cpu(const at::Tensor& h, const std::optional<at::Tensor>& x, at::TensorList params,
+                         const at::Tensor& scalars, at::IntArrayRef plan, bool telemetry, bool keep) {
   const auto call = check_slot("h", h, x, params, scalars, plan);
+  keep &= call.hidden_width > 0;
   const auto run = [&] {
-    return call.compute_type == at::kDouble ? forward<double>(call, h, x, params, telemetry)
-                                            : forward<float>(call, h, x, params, telemetry);
+    return call.compute_type == at::kDouble ? forward<double>(call, h, x, params, telemetry, keep)
+                                            : forward<float>(call, h, x, params, telemetry, keep);
   };
   return any_spatial(call) ? spatial_forward(call, h, x, params, telemetry, run) : run();
 }
 
-std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> slot_backward_cpu(
-    const at::Tensor& dy, const std::optional<at::Tensor>& h, const std::optional<at::Tensor>& x,
-    at::TensorList params, const at::Tensor& scalars, at::IntArrayRef plan, at::IntArrayRef need) {
+Gradients slot_backward_cpu(const at::Tensor& dy, const std::optional<at::Tensor>& h,
+                            const std::optional<at::Tensor>& x, at::TensorList params,
+                            const at::Tensor& scalars, at::IntArrayRef plan,
+                            const std::optional<at::Tensor>& hidden, at::IntArrayRef need) {
   const auto call = check_slot("dy", dy, x, params, scalars, plan);
-  check_backward(call, dy, h, params, need);
+  check_backward(call, dy, h, params, hidden, need);
+  const auto kept = hidden.value_or(at::Tensor());
   const auto run = [&] {
-    return call.compute_type == at::kDouble ? backward<double>(call, dy, h, x, params, need)
-                                            : backward<float>(call, dy, h, x, params, need);
+    return call.compute_type == at::kDouble ? backward<double>(call, dy, h, x, params, kept, need)
+                                            : backward<float>(call, dy, h, x, params, kept, need);
   };
   return any_spatial(call) ? spatial_backward(call, dy, h, x, params, need, run) : run();
 }

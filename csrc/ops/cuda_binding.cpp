@@ -94,9 +94,8 @@ std::vector<std::size_t> at_work(const SlotCall& call, Test test) {
 }
 
 template <class T>
-std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tensor& h,
-                                           const std::optional<at::Tensor>& x, at::TensorList params,
-                                           bool telemetry) {
+Outputs forward(const SlotCall& call, const at::Tensor& h, const std::optional<at::Tensor>& x,
+                at::TensorList params, bool telemetry) {
   const FusedSeeds fused(call, h, params, current_stream(h.device()));
   auto stats = at::zeros({telemetry ? static_cast<std::int64_t>(call.seeds.size()) : 0, kNumStats},
                          h.options().dtype(at::kDouble));
@@ -117,13 +116,13 @@ std::tuple<at::Tensor, at::Tensor> forward(const SlotCall& call, const at::Tenso
     y = wide.to(h.scalar_type());
   }
   fused.forward(host, x, y, stats);
-  return {laid_out(y, h.scalar_type(), planes), std::move(stats)};
+  // Nothing is kept: arithmetic is cheaper than memory here, so that backward computes the hidden layer again.
+  return {laid_out(y, h.scalar_type(), planes), std::move(stats), at::empty({0}, h.options().dtype(call.compute_type))};
 }
 
 template <class T>
-std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
-    const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
-    const std::optional<at::Tensor>& x, at::TensorList params, at::IntArrayRef need) {
+Gradients backward(const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
+                   const std::optional<at::Tensor>& x, at::TensorList params, at::IntArrayRef need) {
   const FusedSeeds fused(call, dy, params, current_stream(dy.device()));
   const bool need_dh = need[kNeedHost] != 0;
   const bool need_dx = need[kNeedInput] != 0 && call.input_width > 0;
@@ -168,21 +167,20 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> backward(
           need_dx ? laid_out(dx, x->scalar_type(), planes) : at::empty({0}, dy.options()), std::move(dparams)};
 }
 
-std::tuple<at::Tensor, at::Tensor> slot_forward_cuda(const at::Tensor& h,
-                                                     const std::optional<at::Tensor>& x,
-                                                     at::TensorList params, const at::Tensor& scalars,
-                                                     at::IntArrayRef plan, bool telemetry) {
+Outputs slot_forward_cuda(const at::Tensor& h, const std::optional<at::Tensor>& x, at::TensorList params,
+                          const at::Tensor& scalars, at::IntArrayRef plan, bool telemetry, bool /*keep*/) {
   const auto call = check_slot("h", h, x, params, scalars, plan);
   const c10::DeviceGuard guard(h.device());
   return call.compute_type == at::kDouble ? forward<double>(call, h, x, params, telemetry)
                                           : forward<float>(call, h, x, params, telemetry);
 }
 
-std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> slot_backward_cuda(
-    const at::Tensor& dy, const std::optional<at::Tensor>& h, const std::optional<at::Tensor>& x,
-    at::TensorList params, const at::Tensor& scalars, at::IntArrayRef plan, at::IntArrayRef need) {
+Gradients slot_backward_cuda(const at::Tensor& dy, const std::optional<at::Tensor>& h,
+                             const std::optional<at::Tensor>& x, at::TensorList params,
+                             const at::Tensor& scalars, at::IntArrayRef plan,
+                             const std::optional<at::Tensor>& hidden, at::IntArrayRef need) {
   const auto call = check_slot("dy", dy, x, params, scalars, plan);
-  check_backward(call, dy, h, params, need);
+  check_backward(call, dy, h, params, hidden, need);
   const c10::DeviceGuard guard(dy.device());
   return call.compute_type == at::kDouble ? backward<double>(call, dy, h, x, params, need)
                                           : backward<float>(call, dy, h, x, params, need);

@@ -43,10 +43,18 @@ struct Large {
   const SeedScalars& scalars;
   std::int64_t tokens;
   at::Tensor A, a, G, c, B, b;
+  at::Tensor kept_before, kept_gate;  // [tokens, r] of pre-activations; undefined where they are not kept
   bool broken = false;  // any parameter is not finite: every token is contained
 
-  Large(const SlotCall& call, const PlannedSeed& seed, at::TensorList params)
+  Large(const SlotCall& call, const PlannedSeed& seed, at::TensorList params, const at::Tensor& hidden)
       : shape(seed.shape), scalars(seed.scalars), tokens(call.tokens) {
+    if (hidden.defined() && scalars.alpha_fwd != 0.0f) {
+      const auto kept = [&](std::int64_t before) {
+        return hidden.narrow(0, before * tokens, shape.rank * tokens).view({tokens, shape.rank});
+      };
+      kept_before = kept(seed.hidden);
+      if (shape.gated) kept_gate = kept(seed.hidden + shape.rank);
+    }
     const auto take = [&](std::int64_t index) {
       if (index < 0) return at::Tensor();
       const auto& tensor = params[static_cast<std::size_t>(index)];
@@ -113,10 +121,18 @@ at::Tensor activation_grad(Activation kind, const at::Tensor& grad, const at::Te
 struct Hidden {
   at::Tensor before, active, gate, hidden;
 
+  Hidden(const Large& seed, at::Tensor before, at::Tensor gate)
+      : before(std::move(before)), active(activated(seed.shape.activation, this->before)), gate(std::move(gate)) {
+    hidden = seed.shape.gated ? active * this->gate : active;
+  }
+
   Hidden(const Large& seed, const at::Tensor& source)
-      : before(product(source, seed.A, seed.a)), active(activated(seed.shape.activation, before)) {
-    if (seed.shape.gated) gate = product(source, seed.G, seed.c);
-    hidden = seed.shape.gated ? active * gate : active;
+      : Hidden(seed, product(source, seed.A, seed.a),
+               seed.shape.gated ? product(source, seed.G, seed.c) : at::Tensor()) {}
+
+  static Hidden kept(const Large& seed, std::int64_t first, std::int64_t rows) {
+    return Hidden(seed, seed.kept_before.narrow(0, first, rows),
+                  seed.shape.gated ? seed.kept_gate.narrow(0, first, rows) : at::Tensor());
   }
 
   void clear(const at::Tensor& rows) {
@@ -150,6 +166,8 @@ void forward_one(const Large& seed, const at::Tensor& h, const std::optional<at:
   const auto to = in_place ? seed.chunk(y) : at::empty(host.sizes(), host.options());
   seed.each_block([&](std::int64_t first, std::int64_t rows) {
     const Hidden tiles(seed, source.narrow(0, first, rows));
+    if (seed.kept_before.defined()) seed.kept_before.narrow(0, first, rows).copy_(tiles.before);
+    if (seed.kept_gate.defined()) seed.kept_gate.narrow(0, first, rows).copy_(tiles.gate);
     auto g = product(tiles.hidden, seed.B, seed.b);
     auto contained = seed.broken ? at::ones({rows, 1}, g.options().dtype(at::kBool)) : find_contained(g);
     if (contained.defined()) g = g.masked_fill(contained, 0);
@@ -188,7 +206,7 @@ void backward_one(const Large& seed, const at::Tensor& source, const at::Tensor&
   if (seed.broken) return;
   seed.each_block([&](std::int64_t first, std::int64_t rows) {
     auto from = source.narrow(0, first, rows), grad = dy.narrow(0, first, rows);
-    Hidden tiles(seed, from);
+    auto tiles = seed.kept_before.defined() ? Hidden::kept(seed, first, rows) : Hidden(seed, from);
     if (!surely_finite(seed, tiles.hidden)) {
       const auto contained = find_contained(product(tiles.hidden, seed.B, seed.b));
       if (contained.defined()) {  // nothing of them may enter a sum: zero times NaN is NaN
@@ -224,16 +242,16 @@ bool is_large(const PlannedSeed& seed, at::ScalarType compute_type) {
 }
 
 void forward_large(const SlotCall& call, const at::Tensor& h, const std::optional<at::Tensor>& x,
-                   at::TensorList params, const at::Tensor& y, ChunkStats* stats) {
+                   at::TensorList params, const at::Tensor& y, const at::Tensor& hidden, ChunkStats* stats) {
   for (std::size_t i = 0; i < call.seeds.size(); ++i) {
     if (!is_large(call.seeds[i], call.compute_type)) continue;
-    forward_one(Large(call, call.seeds[i], params), h, x, y, stats == nullptr ? nullptr : stats + i);
+    forward_one(Large(call, call.seeds[i], params, hidden), h, x, y, stats == nullptr ? nullptr : stats + i);
   }
 }
 
 void backward_large(const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
-                    const std::optional<at::Tensor>& x, at::TensorList params, at::IntArrayRef need,
-                    const at::Tensor& dh, const at::Tensor& dx, std::vector<at::Tensor>& dparams) {
+                    const std::optional<at::Tensor>& x, at::TensorList params, const at::Tensor& hidden,
+                    at::IntArrayRef need, const at::Tensor& dh, const at::Tensor& dx, std::vector<at::Tensor>& dparams) {
   for (std::size_t i = 0; i < call.seeds.size(); ++i) {
     const auto& planned = call.seeds[i];
     if (!is_large(planned, call.compute_type)) continue;
@@ -245,7 +263,7 @@ void backward_large(const SlotCall& call, const at::Tensor& dy, const std::optio
       trains |= planned.scalars.alpha_bwd != 0.0f && need[kNeedParams + index] != 0;
     });
     if (!trains && !sends) continue;
-    const Large seed(call, planned, params);
+    const Large seed(call, planned, params, hidden);
     const auto source = input ? seed.source(*x, x) : seed.source(*h, x);
     const bool in_place = sends && target.is_contiguous() && target.scalar_type() == seed.type();
     at::Tensor to;

@@ -17,7 +17,8 @@
 namespace esper {
 namespace {
 
-constexpr std::size_t kPage = 2 << 20;       // smaller tensors come from torch
+constexpr std::size_t kPage = 2 << 20;
+constexpr std::size_t kLeast = 128 << 10;     // smaller tensors come from torch; the heap keeps their memory
 constexpr std::size_t kMostKept = 128 << 20;  // bytes that are kept while nobody uses them
 
 struct Block {
@@ -53,10 +54,11 @@ class Pool {
 
  private:
   static Block fresh(std::size_t bytes) {
-    void* memory = std::aligned_alloc(kPage, bytes);
+    const bool pages = bytes % kPage == 0;
+    void* memory = std::aligned_alloc(pages ? kPage : kLeast, bytes);
     if (memory == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
-    madvise(memory, bytes, MADV_HUGEPAGE);  // only advice: small pages do as well
+    if (pages) madvise(memory, bytes, MADV_HUGEPAGE);  // only advice: small pages do as well
 #endif
     return {memory, bytes};
   }
@@ -90,8 +92,9 @@ void release(void* context) {
 at::Tensor recycled_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const auto bytes =
       static_cast<std::size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
-  if (bytes < kPage) return at::empty(sizes, options);
-  auto* block = new Block(pool().take((bytes + kPage - 1) / kPage * kPage));
+  if (bytes < kLeast) return at::empty(sizes, options);
+  const auto unit = bytes < kPage / 2 ? kLeast : kPage;
+  auto* block = new Block(pool().take((bytes + unit - 1) / unit * unit));
   c10::Storage storage(c10::Storage::use_byte_size_t(), bytes,
                        c10::DataPtr(block->memory, block, &release, c10::Device(c10::kCPU)),
                        c10::GetCPUAllocator(), /*resizable=*/true);

@@ -23,6 +23,7 @@ struct PlannedSeed {
   SeedShape shape;
   SeedScalars scalars;
   ParamIndex params;
+  std::int64_t hidden = 0;  // elements a token that seeds before it keep
 };
 
 struct SlotCall {
@@ -30,6 +31,8 @@ struct SlotCall {
   std::int64_t tokens = 0;
   std::int64_t width = 0;        // D
   std::int64_t input_width = 0;  // D_in; 0 where no seed reads the input
+  std::int64_t hidden_width = 0; // elements a token of `hidden`: seed after seed the pre-activations [tokens, r] of
+                                 // each bottleneck, then those of its gate
   bool reads_output = false;
   Positions positions;  // of calls with three axes or more
   std::vector<PlannedSeed> seeds;
@@ -79,14 +82,19 @@ void each_param(const PlannedSeed& seed, Visit visit) {
   call(&Tensors::b, p.b, 1, s.width);
 }
 
-using SlotForward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& h,
-                                                       const std::optional<at::Tensor>& x,
-                                                       at::TensorList params, const at::Tensor& scalars,
-                                                       at::IntArrayRef plan, bool telemetry);
+// y, stats and hidden.
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-using SlotBackward = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>(
-    const at::Tensor& dy, const std::optional<at::Tensor>& h, const std::optional<at::Tensor>& x,
-    at::TensorList params, const at::Tensor& scalars, at::IntArrayRef plan, at::IntArrayRef need);
+// dh, dx and dparams.
+using Gradients = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
+
+using SlotForward = Outputs(const at::Tensor& h, const std::optional<at::Tensor>& x, at::TensorList params,
+                            const at::Tensor& scalars, at::IntArrayRef plan, bool telemetry, bool keep);
+
+using SlotBackward = Gradients(const at::Tensor& dy, const std::optional<at::Tensor>& h,
+                               const std::optional<at::Tensor>& x, at::TensorList params,
+                               const at::Tensor& scalars, at::IntArrayRef plan,
+                               const std::optional<at::Tensor>& hidden, at::IntArrayRef need);
 
 // The arguments of slot_backward's `need`: dh, dx, then one for each tensor of params.
 inline constexpr std::int64_t kNeedHost = 0;
@@ -94,6 +102,6 @@ inline constexpr std::int64_t kNeedInput = 1;
 inline constexpr std::int64_t kNeedParams = 2;
 
 void check_backward(const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
-                    at::TensorList params, at::IntArrayRef need);
+                    at::TensorList params, const std::optional<at::Tensor>& hidden, at::IntArrayRef need);
 
 }  // namespace esper

@@ -206,9 +206,8 @@ void run_backward(const SlotCall& call, at::TensorList given, const Tensors& ten
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> spatial_forward(
-    const SlotCall& call, const at::Tensor& h, const std::optional<at::Tensor>& x, at::TensorList params,
-    bool telemetry, const std::function<std::tuple<at::Tensor, at::Tensor>()>& others) {
+Outputs spatial_forward(const SlotCall& call, const at::Tensor& h, const std::optional<at::Tensor>& x,
+                        at::TensorList params, bool telemetry, const std::function<Outputs()>& others) {
   const bool alone = !telemetry && std::all_of(call.seeds.begin(), call.seeds.end(), [](const auto& seed) {
     return is_spatial(seed.shape.family);
   });
@@ -217,10 +216,11 @@ std::tuple<at::Tensor, at::Tensor> spatial_forward(
   tensors.h = laid_out(h, type, tensors.planes);
   if (call.input_width > 0) tensors.x = laid_out(*x, type, tensors.planes);
   at::Tensor stats = at::empty({0, kNumStats}, h.options().dtype(at::kDouble));
+  at::Tensor hidden = at::empty({0}, h.options().dtype(type));
   if (alone) {
     tensors.y = tensors.h.clone();
   } else {
-    std::tie(tensors.y, stats) = others();
+    std::tie(tensors.y, stats, hidden) = others();
     tensors.y = laid_out(tensors.y, type, tensors.planes);
   }
   if (call.tokens > 0) {
@@ -231,7 +231,7 @@ std::tuple<at::Tensor, at::Tensor> spatial_forward(
       run_forward<float>(call, params, tensors, rows);
     }
   }
-  return {tensors.y.to(h.scalar_type()), std::move(stats)};
+  return {tensors.y.to(h.scalar_type()), std::move(stats), std::move(hidden)};
 }
 
 Gradients spatial_backward(const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,

@@ -5,21 +5,15 @@
 
 #include <functional>
 #include <optional>
-#include <tuple>
-#include <vector>
-
 #include "ops/slot.h"
 
 namespace esper {
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
-
 // A call with spatial seeds. `others` runs the other seeds and takes the telemetry of all chunks; the chunks
 // of spatial seeds that blend are undefined in its y. Not called where there is nothing for it to do.
 // y is laid out as h where h keeps its positions side by side.
-std::tuple<at::Tensor, at::Tensor> spatial_forward(
-    const SlotCall& call, const at::Tensor& h, const std::optional<at::Tensor>& x, at::TensorList params,
-    bool telemetry, const std::function<std::tuple<at::Tensor, at::Tensor>()>& others);
+Outputs spatial_forward(const SlotCall& call, const at::Tensor& h, const std::optional<at::Tensor>& x,
+                        at::TensorList params, bool telemetry, const std::function<Outputs()>& others);
 
 // The same backward: `others` gives the identity path, what the other seeds send, and gradients for all
 // parameters, of which those of spatial seeds that train are replaced.

@@ -35,6 +35,8 @@ ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")
 
 PLAN_WIDTH = len(_C.PLAN_FIELDS)
 _FAMILY = _C.PLAN_FIELDS.index("family")
+_GATED = _C.PLAN_FIELDS.index("gated")
+_RANK = _C.PLAN_FIELDS.index("rank")
 _FIRST_PARAM = _C.PLAN_FIELDS.index("first_param")
 _SPATIAL = ("squeeze_excite", "depthwise")
 NUM_STATS = len(_C.STATS_COLUMNS)
@@ -141,10 +143,8 @@ def slot_forward(
     Raises:
         ValueError: Where an argument does not fit the others; says which.
     """
-    result: tuple[Tensor, Tensor] = torch.ops.esper.slot_forward.default(
-        h, x, params, scalars, plan, telemetry
-    )
-    return result
+    y, stats, _ = torch.ops.esper.slot_forward.default(h, x, params, scalars, plan, telemetry)
+    return y, stats
 
 
 class _ScaleGrad(torch.autograd.Function):
@@ -175,6 +175,16 @@ def scale_grad(tensor: Tensor, scale: float) -> Tensor:
 
 def _any_spatial(plan: Sequence[int]) -> bool:
     return any(FAMILIES[family] in _SPATIAL for family in plan[_FAMILY::PLAN_WIDTH])
+
+
+def _hidden_width(plan: Sequence[int]) -> int:
+    """Pre-activations of a token that forward keeps for backward: those of bottleneck seeds."""
+    records = zip(
+        plan[_FAMILY::PLAN_WIDTH], plan[_GATED::PLAN_WIDTH], plan[_RANK::PLAN_WIDTH], strict=True
+    )
+    return sum(
+        rank * (1 + gated) for family, gated, rank in records if FAMILIES[family] == "bottleneck"
+    )
 
 
 def _in_planes(tensor: Tensor) -> bool:
@@ -217,11 +227,20 @@ def _fake_forward(
     scalars: Tensor,
     plan: Sequence[int],
     telemetry: bool,
-) -> tuple[Tensor, Tensor]:
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_devices("h", h.device, {"x": x, **_numbered(params)}, scalars)
     rows = len(plan) // PLAN_WIDTH if telemetry else 0
     y = _empty(h, planes=_keeps_planes(h, plan))
-    return y, h.new_empty((rows, NUM_STATS), dtype=torch.float64)
+    keeps = _hidden_width(plan) if keep and h.device.type == "cpu" else 0
+    return (
+        y,
+        h.new_empty((rows, NUM_STATS), dtype=torch.float64),
+        h.new_empty(
+            (h.numel() // h.shape[-1] * keeps,),
+            dtype=h.dtype if h.dtype is torch.float64 else torch.float32,
+        ),
+    )
 
 
 def _fake_backward(
@@ -231,9 +250,12 @@ def _fake_backward(
     params: Sequence[Tensor],
     scalars: Tensor,
     plan: Sequence[int],
+    hidden: Tensor | None,
     need: Sequence[int],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    _check_devices("dy", dy.device, {"h": h, "x": x, **_numbered(params)}, scalars)
+    _check_devices(
+        "dy", dy.device, {"h": h, "x": x, "hidden": hidden, **_numbered(params)}, scalars
+    )
     planes = _keeps_planes(dy if h is None else h, plan)
     dh = _empty(dy, planes) if need[0] else dy.new_empty((0,))
     dx = dy.new_empty((0,)) if x is None or not need[1] else _empty(x, planes)
@@ -286,6 +308,7 @@ def _forward_flops(
     scalars: Tensor,
     plan: Sequence[int],
     telemetry: bool,
+    keep: bool = False,
     out_val: object = None,
 ) -> int:
     return sum(
@@ -303,16 +326,22 @@ def _backward_flops(
     params: Sequence[Tensor],
     scalars: Tensor,
     plan: Sequence[int],
+    hidden: Tensor | None,
     need: Sequence[int],
     out_val: object = None,
 ) -> int:
     bounds = [*plan[_FIRST_PARAM::PLAN_WIDTH], len(params)]
     total = 0
     for i, (down, up, reads_x, values) in enumerate(_records(dy, x, scalars, plan)):
-        _, alpha_bwd, gamma = values
+        alpha_fwd, alpha_bwd, gamma = values
+        family = FAMILIES[plan[i * PLAN_WIDTH + _FAMILY]]
+        kept = hidden is not None and family == "bottleneck" and alpha_fwd != 0.0
         trains = alpha_bwd != 0.0 and any(need[2 + bounds[i] : 2 + bounds[i + 1]])
         sends = gamma != 0.0 and bool(need[1 if reads_x else 0])
         if trains or sends:
-            # The hidden layer and its gradient, then the weights' gradients, then the source's.
-            total += 2 * ((down + up) * (1 + trains) + (down if down else up) * sends)
+            # The hidden layer, unless it was kept, and its gradient; then the weights' gradients
+            # and the source's.
+            total += 2 * (
+                down * (not kept) + up + (down + up) * trains + (down if down else up) * sends
+            )
     return total

@@ -32,6 +32,7 @@ struct PackedSeed {
   const T* Bt = nullptr;                // [d, rank_p]; backward only
   const T *At = nullptr, *Gt = nullptr; // [r, source_p]; backward only, where the seed sends to its source
   T max_B = 0, max_b = 0;               // largest magnitudes; infinite where any element is not finite
+  std::int64_t kept = 0;                // elements a token that seeds before it keep in SlotTensors::hidden
   bool elsewhere = false;               // other code computes it; here only its chunk is measured
   bool broken = false;                  // any parameter is not finite: every row is contained
   bool trains = false;                  // backward: wants the parameters' gradients
@@ -57,6 +58,8 @@ struct SlotTensors {
   const T* dy = nullptr;  // backward: [tokens, width]
   T* dh = nullptr;        // backward: [tokens, width] or null
   T* dx = nullptr;        // backward: [tokens, input_width] or null
+  T* hidden = nullptr;    // or null: of all tokens; forward writes pre-activations there, backward reads them
+  std::int64_t first = 0; // which of the job's tokens the first row is
   bool past = false;      // whether y and dh are stored past the cache
 };
 
