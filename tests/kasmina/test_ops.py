@@ -33,6 +33,44 @@ def test_float64_matches_the_oracle(slot):
     check_against_oracle(slot)
 
 
+def backward(slot: Slot, dy: Tensor, hidden: Tensor | None) -> list[Tensor]:
+    dh, dx, dparams = torch.ops.esper.slot_backward.default(
+        dy,
+        slot.h,
+        slot.x,
+        slot.params,
+        slot.scalars,
+        slot.plan,
+        hidden,
+        [1] * (2 + len(slot.params)),
+    )
+    return [dh, dx, *dparams]
+
+
+@given(slot=slots())
+@settings(deadline=None, max_examples=60)
+def test_a_kept_hidden_layer_is_the_one_that_backward_computes(slot):
+    dy = torch.randn_like(slot.h)
+    _, _, hidden = torch.ops.esper.slot_forward.default(
+        slot.h, slot.x, slot.params, slot.scalars, slot.plan, False, keep=True
+    )
+    ranks = [s.rank * (1 + s.gated) for s in slot.seeds if s.family == "bottleneck"]
+    assert hidden.numel() == sum(ranks) * slot.h.shape[:-1].numel()
+    kept = backward(slot, dy, hidden if hidden.numel() else None)
+    for one, other in zip(kept, backward(slot, dy, None), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_hidden_layer_that_does_not_fit_is_refused():
+    slot = small_slot()
+    dy = torch.randn_like(slot.h)
+    for wrong in (torch.zeros(7), torch.zeros(130 * 11).double(), torch.zeros(130, 11)):
+        with pytest.raises(
+            ValueError, match=r"hidden is .* but must be a contiguous Float \[1430\]"
+        ):
+            backward(slot, dy, wrong)
+
+
 @pytest.mark.parametrize("family", ["squeeze_excite", "depthwise"])
 def test_no_positions_give_no_gradient(family):
     slot = Slot(torch.zeros(2, 0, 4, 6), torch.zeros(2, 0, 4, 6), torch.tensor([FULL]))

@@ -49,6 +49,20 @@ def test_large_seeds_match_the_oracle(state, kind):
     check_against_oracle(large_slot(state=state, **kind))
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_kept_hidden_layer_of_a_large_seed_is_the_one_that_backward_computes(gated):
+    slot = large_slot((600,), gated=gated)
+    need = [1] * (2 + len(slot.params))
+    call = (slot.h, slot.x, slot.params, slot.scalars, slot.plan)
+    _, _, hidden = torch.ops.esper.slot_forward.default(*call, False, keep=True)
+    runs = [
+        torch.ops.esper.slot_backward.default(torch.ones_like(slot.h), *call, kept, need)
+        for kept in (hidden, None)
+    ]
+    for one, other in zip(*([dh, *dparams] for dh, _, dparams in runs), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tokens", [(0,), (1,), (3, 4, 5), (1100,)])
 def test_large_seeds_at_any_number_of_tokens(tokens, dtype):
