@@ -104,7 +104,7 @@ def call_with(change, backward, host=None):
     try:
         if backward:
             need = given.pop("need", [1] * (2 + len(given["params"])))
-            torch.ops.esper.slot_backward(dy, *given.values(), need)
+            torch.ops.esper.slot_backward(dy, *given.values(), None, need)
         else:
             slot_forward(*given.values())
     finally:
@@ -136,6 +136,8 @@ def test_operators_refuse_hosts(host, message, backward):
         ({"h": torch.ones(5, 8).half()}, r"h is Half \[5, 8\] but dy is Float \[5, 8\]"),
         ({"h": torch.ones(4, 8)}, r"h is Float \[4, 8\] but dy is Float \[5, 8\]"),
         ({"h": torch.ones(5, 8, **META)}, "h is on meta, but must be on cpu as dy is"),
+        ({"hidden": torch.ones(7)}, r"hidden is Float \[7\] on cpu but must be .* Float \[\d+\]"),
+        ({"hidden": torch.ones(7, **META)}, "hidden is on meta, but must be on cpu as dy is"),
     ],
 )
 def test_the_backward_operator_refuses_what_forward_does_not_take(change, message):
@@ -144,7 +146,14 @@ def test_the_backward_operator_refuses_what_forward_does_not_take(change, messag
     need = given.pop("need", [1] * 6)
     with pytest.raises(ValueError, match=message):
         torch.ops.esper.slot_backward(
-            torch.ones(5, 8), given["h"], given["x"], params, scalars, list(PLAN), need
+            torch.ones(5, 8),
+            given["h"],
+            given["x"],
+            params,
+            scalars,
+            list(PLAN),
+            given.get("hidden"),
+            need,
         )
 
 
