@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import lmdb
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
@@ -32,6 +33,7 @@ START_TIMEOUT_S = 60.0
 TRANSPORTS = ("unix", "tcp")
 ROUNDS = 7
 SYNCS = 50
+MAP_BYTES = 4 << 30
 
 
 @dataclass
@@ -102,6 +104,16 @@ def pair(request: pytest.FixtureRequest, runner: asyncio.Runner) -> Iterator[Pai
         finally:
             stop(ours)
             stop(bare)
+
+
+@pytest.fixture
+def rows() -> Iterator[lmdb.Environment]:
+    """LMDB alone, on the disk of `pair`."""
+    with (
+        tempfile.TemporaryDirectory(prefix="eb-") as folder,
+        lmdb.open(folder, map_size=MAP_BYTES) as opened,
+    ):
+        yield opened
 
 
 @pytest.fixture

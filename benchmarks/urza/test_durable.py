@@ -2,12 +2,9 @@
 
 import asyncio
 import os
-import tempfile
 import uuid
 from collections.abc import Awaitable
 from collections.abc import Callable
-from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import lmdb
@@ -56,18 +53,14 @@ LINEAR = kernel_pb2.KernelSignature(
 
 
 @pytest.fixture
-def one_commit_per_write() -> Iterator[Callable[[], Load]]:
-    """LMDB alone, on the disk of the library: a commit and its syncs for every row."""
-    with (
-        tempfile.TemporaryDirectory(prefix="eb-", dir="/tmp") as folder,
-        lmdb.open(str(Path(folder)), map_size=1 << 30) as opened,
-    ):
+def one_commit_per_write(rows: lmdb.Environment) -> Callable[[], Load]:
+    """LMDB alone: a commit and its syncs for every row."""
 
-        def write() -> None:
-            with opened.begin(write=True) as row:
-                row.put(os.urandom(16), os.urandom(BYTES))
+    def write() -> None:
+        with rows.begin(write=True) as row:
+            row.put(os.urandom(16), os.urandom(BYTES))
 
-        yield lambda: one_by_one(write, COMMITS)
+    return lambda: one_by_one(write, COMMITS)
 
 
 def blob(channel: grpc.aio.Channel) -> Write:

@@ -1,4 +1,8 @@
-"""Urza's calls beside a bare gRPC server that carries the same bytes and does nothing with them."""
+"""Urza's calls beside a bare gRPC server that carries the same bytes and does nothing with them.
+
+And beside LMDB in the process of the benchmark, which stores the same bytes and carries them
+nowhere: a read gets a row, a write is one commit with its syncs.
+"""
 
 import asyncio
 import os
@@ -6,8 +10,10 @@ from collections.abc import Awaitable
 from collections.abc import Callable
 from collections.abc import Iterator
 
+import lmdb
 import pytest
 
+from benchmarks.urza.conftest import ROUNDS
 from benchmarks.urza.conftest import Beside
 from benchmarks.urza.conftest import Pair
 from benchmarks.urza.load import one_by_one
@@ -23,6 +29,7 @@ MIB = 1 << 20
 CALLS = 512
 """Small calls of one round, shared by all clients of it."""
 CLIENTS = (1, 8, 64)
+KEY = b"blob"
 SIZES = (4 * KIB, MIB, 64 * MIB)
 NAMES = {4 * KIB: "4 KiB", MIB: "1 MiB", 64 * MIB: "64 MiB"}
 
@@ -47,8 +54,27 @@ def calls_of(size_bytes: int) -> int:
     return min(max(32 * MIB // size_bytes, 1), 128)
 
 
+def putting(rows: lmdb.Environment, fresh: Iterator[bytes]) -> Callable[[], None]:
+    def put() -> None:
+        with rows.begin(write=True) as row:
+            row.put(KEY, next(fresh))
+
+    return put
+
+
+def getting(rows: lmdb.Environment, data: bytes) -> Callable[[], None]:
+    with rows.begin(write=True) as row:
+        row.put(KEY, data)
+
+    def get() -> None:
+        with rows.begin() as row:
+            assert len(row.get(KEY) or b"") == len(data)
+
+    return get
+
+
 @pytest.mark.parametrize("size_bytes", SIZES, ids=NAMES.values())
-def test_write_a_blob(beside: Beside, pair: Pair, size_bytes: int) -> None:
+def test_write_a_blob(beside: Beside, pair: Pair, rows: lmdb.Environment, size_bytes: int) -> None:
     fresh = contents(size_bytes)
     sent = pieces(next(fresh))
     bare = pair.bare.stream_unary("/bare/Upload", same, same)
@@ -56,7 +82,10 @@ def test_write_a_blob(beside: Beside, pair: Pair, size_bytes: int) -> None:
     beside(
         f"write {NAMES[size_bytes]}, durable",
         lambda: one_by_one(lambda: urza.write_blob(next(fresh)), calls, size_bytes),
-        {"bare stream": lambda: one_by_one(lambda: bare(iter(sent)), calls, size_bytes)},
+        {
+            "bare stream": lambda: one_by_one(lambda: bare(iter(sent)), calls, size_bytes),
+            "LMDB": lambda: one_by_one(putting(rows, fresh), calls, size_bytes),
+        },
     )
 
 
@@ -74,22 +103,38 @@ def test_write_a_blob_of_known_digest(beside: Beside, pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("size_bytes", SIZES, ids=NAMES.values())
-def test_read_a_blob(beside: Beside, pair: Pair, size_bytes: int) -> None:
+def test_read_a_blob(beside: Beside, pair: Pair, rows: lmdb.Environment, size_bytes: int) -> None:
     urza, calls = pair.plane.urza, calls_of(size_bytes)
-    digest = urza.write_blob(next(contents(size_bytes)))
+    data = next(contents(size_bytes))
+    digest = urza.write_blob(data)
+    get = getting(rows, data)
     bare = pair.bare.unary_stream("/bare/Download", same, same)
     asked = str(size_bytes).encode()
     beside(
         f"read {NAMES[size_bytes]}, verified",
         lambda: one_by_one(lambda: urza.read_blob(digest), calls, size_bytes),
-        {"bare stream": lambda: one_by_one(lambda: b"".join(bare(asked)), calls, size_bytes)},
+        {
+            "bare stream": lambda: one_by_one(lambda: b"".join(bare(asked)), calls, size_bytes),
+            "LMDB": lambda: one_by_one(get, calls, size_bytes),
+        },
     )
 
 
-@pytest.mark.parametrize("clients", CLIENTS[1:])
-@pytest.mark.parametrize("size_bytes", SIZES[:2], ids=list(NAMES.values())[:2])
+MANY = pytest.mark.parametrize(
+    ("size_bytes", "clients"),
+    [(4 * KIB, 8), (4 * KIB, 64), (MIB, 8), (MIB, 64), (64 * MIB, 8)],
+    ids=lambda value: NAMES.get(value, value),
+)
+
+
+@MANY
 def test_many_clients_write_blobs(
-    beside: Beside, pair: Pair, runner: asyncio.Runner, size_bytes: int, clients: int
+    beside: Beside,
+    pair: Pair,
+    rows: lmdb.Environment,
+    runner: asyncio.Runner,
+    size_bytes: int,
+    clients: int,
 ) -> None:
     fresh = contents(size_bytes)
     urza = AsyncUrzaClient(pair.ours)
@@ -105,18 +150,24 @@ def test_many_clients_write_blobs(
         f"write {NAMES[size_bytes]}, {clients} clients",
         lambda: urza.write_blob(next(fresh)),
         bare_write,
+        putting(rows, fresh),
         clients,
         size_bytes,
     )
 
 
-@pytest.mark.parametrize("clients", CLIENTS[1:])
-@pytest.mark.parametrize("size_bytes", SIZES[:2], ids=list(NAMES.values())[:2])
+@MANY
 def test_many_clients_read_a_blob(
-    beside: Beside, pair: Pair, runner: asyncio.Runner, size_bytes: int, clients: int
+    beside: Beside,
+    pair: Pair,
+    rows: lmdb.Environment,
+    runner: asyncio.Runner,
+    size_bytes: int,
+    clients: int,
 ) -> None:
     urza = AsyncUrzaClient(pair.ours)
-    digest = pair.plane.urza.write_blob(next(contents(size_bytes)))
+    data = next(contents(size_bytes))
+    digest = pair.plane.urza.write_blob(data)
     download = pair.bare_async.unary_stream("/bare/Download", same, same)
     asked = str(size_bytes).encode()
 
@@ -129,6 +180,7 @@ def test_many_clients_read_a_blob(
         f"read {NAMES[size_bytes]}, {clients} clients",
         lambda: urza.read_blob(digest),
         bare_read,
+        getting(rows, data),
         clients,
         size_bytes,
     )
@@ -140,6 +192,7 @@ def _many(
     group: str,
     ours: Callable[[], Awaitable[object]],
     bare: Callable[[], Awaitable[object]],
+    lmdb_alone: Callable[[], None],
     clients: int,
     size_bytes: int,
 ) -> None:
@@ -147,21 +200,29 @@ def _many(
     beside(
         group,
         lambda: runner.run(together(ours, clients, calls, size_bytes)),
-        {"bare stream": lambda: runner.run(together(bare, clients, calls, size_bytes))},
+        {
+            "bare stream": lambda: runner.run(together(bare, clients, calls, size_bytes)),
+            "LMDB": lambda: one_by_one(lmdb_alone, calls, size_bytes),
+        },
+        rounds=ROUNDS if size_bytes < 64 * MIB else 3,
     )
 
 
 @pytest.mark.parametrize("clients", CLIENTS)
-def test_small_reads(beside: Beside, pair: Pair, runner: asyncio.Runner, clients: int) -> None:
+def test_small_reads(
+    beside: Beside, pair: Pair, rows: lmdb.Environment, runner: asyncio.Runner, clients: int
+) -> None:
     stored = pair.plane.urza.create_blueprint(blueprints.get("bottleneck"))
     answer = library_pb2.GetBlueprintResponse(blueprint=stored).SerializeToString()
     name = f"read a blueprint, {clients} clients"
+    get = getting(rows, stored.SerializeToString())
+    alone = {"LMDB": lambda: one_by_one(get, CALLS)}
     if clients == 1:
         bare = pair.bare.unary_unary("/bare/Unary", same, same)
         beside(
             name,
             lambda: one_by_one(lambda: pair.plane.urza.get_blueprint(stored.name), CALLS),
-            {"bare echo": lambda: one_by_one(lambda: bare(answer, timeout=30), CALLS)},
+            {"bare echo": lambda: one_by_one(lambda: bare(answer, timeout=30), CALLS), **alone},
         )
         return
     request = library_pb2.GetBlueprintRequest(name=stored.name)
@@ -175,7 +236,8 @@ def test_small_reads(beside: Beside, pair: Pair, runner: asyncio.Runner, clients
         {
             "bare echo": lambda: runner.run(
                 together(lambda: echo(answer, timeout=30), clients, CALLS)
-            )
+            ),
+            **alone,
         },
     )
 

@@ -1,5 +1,6 @@
 """Client of Urza for asyncio: the calls of `esper.urza.client`, under the same names."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from collections.abc import Iterable
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from esper.urza.cache import BlobCache
 from esper.urza.framing import async_download_call
 from esper.urza.framing import async_upload_call
 from esper.urza.transfer import ATTEMPTS
+from esper.urza.transfer import HASHED_ASIDE_BYTES
 from esper.urza.transfer import MAX_DIGESTS
 from esper.urza.transfer import PAGE_SIZE
 from esper.urza.transfer import Download
@@ -57,7 +59,10 @@ class AsyncUrzaClient:
         self, data: bytes, digest: digest_pb2.Digest | None = None
     ) -> digest_pb2.Digest:
         """Stores some bytes, whose digest may be known, and returns it once they are durable."""
-        digest = digest or digest_of(data)
+        if digest is None and len(data) < HASHED_ASIDE_BYTES:
+            digest = digest_of(data)
+        elif digest is None:
+            digest = await asyncio.to_thread(digest_of, data)
         for attempt in range(ATTEMPTS):
             try:
                 with readable_errors():

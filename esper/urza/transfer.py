@@ -20,7 +20,7 @@ from esper.urza.v1 import blob_pb2
 
 CHUNK_BYTES = 1 << 20
 HASHED_ASIDE_BYTES = 4 << 20
-"""From this size on a download is hashed by a thread of its own."""
+"""From this size on a download is hashed by a thread of its own, and an upload by asyncio's."""
 PAGE_SIZE = 200
 ATTEMPTS = 5
 MAX_DIGESTS = 1000

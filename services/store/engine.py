@@ -133,6 +133,8 @@ class Store:
         except BaseException:
             self._claim.release()
             raise
+        self.num_commits = 0
+        """Groups of writes committed since it was opened; counted before they are acknowledged."""
         self._gate = Gate()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = threading.Lock()
@@ -314,6 +316,7 @@ class Store:
                 self._refused.inc()
                 batch[0].future.set_exception(self._refusal(error))
             return
+        self.num_commits += 1
         num_refused = sum(problem is not None for _, problem in outcomes)
         self._committed.inc(len(batch) - num_refused)
         self._refused.inc(num_refused)

@@ -3,12 +3,16 @@
 import asyncio
 from collections.abc import AsyncIterator
 
+import grpc
+
 from esper.services.serving.context import CallContext
 from esper.services.serving.errors import require
 from esper.services.serving.errors import unavailable
+from esper.services.store.engine import Store
 from esper.services.store.followers import first_of
 from esper.services.store.waking import awaitable
 from esper.services.urza import validate
+from esper.services.urza.answers import Answers
 from esper.services.urza.library import FOLLOWED
 from esper.services.urza.library import Library
 from esper.services.urza.resources import digest_of_blueprint
@@ -16,6 +20,7 @@ from esper.services.urza.resources import digest_of_kernel
 from esper.urza.v1 import library_pb2 as pb
 from esper.urza.v1 import library_pb2_grpc
 
+SERVICE = "esper.urza.v1.LibraryService"
 PROGRESS_INTERVAL_S = 10.0
 
 # The methods are documented in proto/esper/urza/v1.
@@ -26,13 +31,36 @@ class LibraryServicer(library_pb2_grpc.LibraryServiceServicer):
     """Serves `esper.urza.v1.LibraryService`.
 
     Args:
+        store: Holds the records.
         library: The records.
         stopping: Set when the server drains; watchers are sent away then.
     """
 
-    def __init__(self, library: Library, stopping: asyncio.Event) -> None:
+    def __init__(self, store: Store, library: Library, stopping: asyncio.Event) -> None:
         self._library = library
         self._stopping = stopping
+        self._blueprints = Answers(
+            store,
+            pb.GetBlueprintRequest,
+            lambda request: pb.GetBlueprintResponse(blueprint=library.get_blueprint(request.name)),
+        )
+        self._kernels = Answers(
+            store,
+            pb.GetKernelRequest,
+            lambda request: pb.GetKernelResponse(kernel=library.get_kernel(request.name)),
+        )
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers the methods."""
+        library_pb2_grpc.add_LibraryServiceServicer_to_server(self, server)
+        # In place of the generated ones: these two are served from bytes to bytes.
+        blueprints: grpc.RpcMethodHandler[bytes, bytes]
+        blueprints = grpc.unary_unary_rpc_method_handler(self.GetBlueprint)
+        kernels: grpc.RpcMethodHandler[bytes, bytes]
+        kernels = grpc.unary_unary_rpc_method_handler(self.GetKernel)
+        server.add_registered_method_handlers(
+            SERVICE, {"GetBlueprint": blueprints, "GetKernel": kernels}
+        )
 
     async def CreateBlueprint(
         self, request: pb.CreateBlueprintRequest, context: CallContext
@@ -41,11 +69,10 @@ class LibraryServicer(library_pb2_grpc.LibraryServiceServicer):
         digest = await asyncio.to_thread(digest_of_blueprint, request.blueprint)
         return await awaitable(self._library.create_blueprint(request, digest))
 
-    async def GetBlueprint(
-        self, request: pb.GetBlueprintRequest, context: CallContext
-    ) -> pb.GetBlueprintResponse:
-        record = self._library.get_blueprint(request.name)
-        return pb.GetBlueprintResponse(blueprint=record)
+    async def GetBlueprint(  # type: ignore[override]  # as registered above
+        self, request: bytes, context: CallContext
+    ) -> bytes:
+        return self._blueprints.answer(request)
 
     async def ListBlueprints(
         self, request: pb.ListBlueprintsRequest, context: CallContext
@@ -72,10 +99,10 @@ class LibraryServicer(library_pb2_grpc.LibraryServiceServicer):
         digest = await asyncio.to_thread(digest_of_kernel, request.kernel)
         return await awaitable(self._library.create_kernel(request, digest))
 
-    async def GetKernel(
-        self, request: pb.GetKernelRequest, context: CallContext
-    ) -> pb.GetKernelResponse:
-        return pb.GetKernelResponse(kernel=self._library.get_kernel(request.name))
+    async def GetKernel(  # type: ignore[override]  # as registered above
+        self, request: bytes, context: CallContext
+    ) -> bytes:
+        return self._kernels.answer(request)
 
     async def ListKernels(
         self, request: pb.ListKernelsRequest, context: CallContext

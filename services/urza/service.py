@@ -11,7 +11,6 @@ from esper.services.urza.contents import open_contents
 from esper.services.urza.library_servicer import LibraryServicer
 from esper.services.urza.run_servicer import RunServicer
 from esper.services.urza.store_servicer import StoreServicer
-from esper.urza.v1 import library_pb2_grpc
 from esper.urza.v1 import run_pb2_grpc
 from esper.urza.v1 import store_pb2_grpc
 
@@ -34,14 +33,14 @@ class UrzaService:
         self._contents = open_contents(context.data_dir / FOLDER, context.limits)
         held = self._contents
         self._blob_servicer = BlobServicer(held.blobs)
-        self._library_servicer = LibraryServicer(held.library, context.stopping)
+        self._library_servicer = LibraryServicer(held.store, held.library, context.stopping)
         self._run_servicer = RunServicer(held.runs, context.stopping)
         self._store_servicer = StoreServicer(held, context.stopping)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the servicers."""
         self._blob_servicer.add_to(server)
-        library_pb2_grpc.add_LibraryServiceServicer_to_server(self._library_servicer, server)
+        self._library_servicer.add_to(server)
         run_pb2_grpc.add_RunServiceServicer_to_server(self._run_servicer, server)
         store_pb2_grpc.add_StoreServiceServicer_to_server(self._store_servicer, server)
 
