@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import click
@@ -31,8 +30,9 @@ ARENAS: dict[str, Callable[[int], Arena]] = {
     "conv": arenas.conv,
     "text": arenas.text,
     "extend": extend.extend,
-    "sizing-digits": sizing.sizing,
-    "sizing-table": partial(sizing.sizing, task_name="table"),
+    "sizing-digits": sizing.sizing_digits,
+    "sizing-table": sizing.sizing_table,
+    "sizing-text": sizing.sizing_text,
     "stream": stream.stream,
     "shuffled": shuffled.shuffled,
 }

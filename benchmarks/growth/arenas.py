@@ -120,9 +120,9 @@ def width(seed: int) -> Arena:
         small=8,
         steps=170,
         epochs=28,
-        num_held_out=128,
+        num_held_out=359,
         config=config,
-        grown=Recipe(learning_rate=0.03),
+        grown=Recipe(learning_rate=0.05),
         static={
             FINAL: Recipe(learning_rate=0.05),
             SMALL: Recipe(learning_rate=0.05),

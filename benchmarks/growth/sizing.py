@@ -12,21 +12,25 @@ from benchmarks.growth.arena import GROWN
 from benchmarks.growth.arena import Arena
 from benchmarks.growth.arena import Bar
 from benchmarks.growth.arena import Outcome
+from benchmarks.growth.arenas import ablations
 from benchmarks.growth.arenas import accuracy
 from benchmarks.growth.arenas import size_by_parameters
+from benchmarks.growth.arenas import text
 from benchmarks.growth.arenas import width
 from benchmarks.growth.hosts import nest
 from benchmarks.growth.hosts import nested_names
 from benchmarks.growth.training import Recipe
 from benchmarks.growth.training import Trained
 from benchmarks.growth.training import train_static
+from esper.config import BudgetConfig
 from esper.config import Candidate
+from esper.config import EsperConfig
 from esper.kasmina import MorphableModel
 from esper.tolaria import tasks
 from esper.tolaria.tasks import Split
+from esper.tolaria.tasks import Task
 from esper.tolaria.tasks.digits import digits
 
-SIZES = (4, 8, 16, 32, 64, 128, 256)
 SWEEP = "best of a sweep of sizes"
 HALVING = "successive halving"
 LEVELS = 4
@@ -34,15 +38,27 @@ LEVELS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizing(Arena):
-    """The figure is the accuracy of what each way of finding a size ends with."""
+    """The figure is that of what each way of finding a size ends with.
+
+    Attributes:
+        sizes: The sizes that are searched.
+        grown_steps: Optimizer steps of the grown model: who needs no search can train longer.
+    """
+
+    sizes: tuple[int, ...]
+    grown_steps: int
+
+    def grow(self, seed: int, plane: str, config: EsperConfig | None = None) -> Trained:
+        """Trains the grown arm."""
+        return Arena.grow(replace(self, steps=self.grown_steps), seed, plane, config)
 
     def run(self, seed: int, plane: str, split: Split) -> Iterator[Outcome]:
         """Grows one model; then trains a model of every size and halves the field."""
         yield self.outcome(GROWN, seed, self.grow(seed, plane), split)
-        sweep = {size: self._train(seed, size, self.steps) for size in SIZES}
+        sweep = {size: self._train(seed, size, self.steps) for size in self.sizes}
         yield self._found(SWEEP, seed, sweep, sum(t.flops for t in sweep.values()), split)
         # A rung is trained anew with its own schedule: a decayed run cannot go on.
-        field, spent, steps = list(SIZES), 0, self.steps // 4
+        field, spent, steps = list(self.sizes), 0, self.steps // 4
         while True:
             rung = {size: self._train(seed, size, steps) for size in field}
             spent += sum(trained.flops for trained in rung.values())
@@ -58,7 +74,8 @@ class Sizing(Arena):
         return train_static(self.task, model, self.static[FINAL], seed, steps=steps)
 
     def _score(self, model: nn.Module) -> float:
-        return self.measure(model, self.task.validation)
+        figure = self.measure(model, self.task.validation)
+        return figure if self.higher_is_better else -figure
 
     def _found(
         self, arm: str, seed: int, field: dict[int, Trained], flops: int, split: Split
@@ -69,10 +86,24 @@ class Sizing(Arena):
         return replace(found, flops=flops, wall_s=walls, extra={"size": float(best)})
 
 
-def sizing(seed: int, task_name: str = "digits", host_size: int = 4) -> Arena:
-    """A hidden layer of unknown width."""
-    base = width(seed)
-    task = digits(seed) if task_name == "digits" else tasks.get(task_name)
+def sizing_digits(seed: int) -> Arena:
+    """A hidden layer of unknown width, on digits."""
+    return _hidden_layer(seed, digits(seed), steps=170, static_rate=0.05)
+
+
+def sizing_table(seed: int) -> Arena:
+    """A hidden layer of unknown width, on a table."""
+    return _hidden_layer(seed, tasks.get("table"), steps=470, static_rate=0.02)
+
+
+def sizing_text(seed: int) -> Arena:
+    """Feed-forward blocks of unknown width, in a small language model."""
+    base = text(seed)
+    return _sizing(base, "text", (4, 16, 64, 256), steps=600, grown_steps=900)
+
+
+def _hidden_layer(seed: int, task: Task, steps: int, static_rate: float) -> Arena:
+    base, host_size = width(seed), 4
 
     def host(seed: int) -> MorphableModel:
         model = task.host(seed, host_size)
@@ -83,25 +114,41 @@ def sizing(seed: int, task_name: str = "digits", host_size: int = 4) -> Arena:
         base.config,
         candidates=(Candidate(blueprint="widen", ranks=(8, 16, 32, 64)),),
         growth=replace(base.config.growth, max_slot_growth=8.0, max_live=LEVELS),
+        budget=BudgetConfig(),
     )
-    fields = {name: getattr(base, name) for name in base.__dataclass_fields__}
+    return _sizing(
+        replace(
+            base,
+            task=task,
+            measure=accuracy(task),
+            host=host,
+            plain=task.host,
+            size=size_by_parameters(task.host),
+            small=host_size,
+            config=config,
+            static={FINAL: Recipe(learning_rate=static_rate)},
+        ),
+        task.name,
+        (4, 8, 16, 32, 64, 128, 256),
+        steps=steps,
+        grown_steps=2 * steps,
+    )
+
+
+def _sizing(
+    base: Arena, name: str, sizes: tuple[int, ...], *, steps: int, grown_steps: int
+) -> Arena:
+    fields = {field: getattr(base, field) for field in base.__dataclass_fields__}
     return Sizing(
         **{
             **fields,
-            "name": f"sizing-{task_name}",
-            "title": f"Growth finds a size on {task_name} while others search for it.",
-            "task": task,
-            "measure": accuracy(task),
-            "host": host,
-            "plain": task.host,
-            "size": size_by_parameters(task.host),
-            "small": host_size,
-            "config": config,
-            "grown": base.grown,
-            "static": {FINAL: Recipe(learning_rate=0.05 if task_name == "digits" else 0.02)},
-            "steps": 170 if task_name == "digits" else 470,
+            "name": f"sizing-{name}",
+            "title": f"Growth finds a size on {name} while others search for it.",
+            "sizes": sizes,
+            "steps": steps,
+            "grown_steps": grown_steps,
             "num_seeds": 10,
-            "ablations": {},
+            "ablations": ablations(base.config),
             "bars": (
                 Bar(arm=GROWN, against=SWEEP, point=-0.2, compute=1 / 3),
                 Bar(arm=GROWN, against=HALVING, compute=2 / 3),

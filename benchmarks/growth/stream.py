@@ -21,6 +21,7 @@ from benchmarks.growth.arena import Bar
 from benchmarks.growth.arena import Outcome
 from benchmarks.growth.arenas import width
 from benchmarks.growth.training import train_step
+from esper.config import EsperConfig
 from esper.tolaria.cost import TrainingCost
 from esper.tolaria.tasks import LabelledBatch
 from esper.tolaria.tasks import Split
@@ -54,17 +55,28 @@ class Stream(Arena):
     def run(self, seed: int, plane: str, split: Split) -> Iterator[Outcome]:
         """Runs the stream with growth, without, and with a host of the final size."""
         model = self.host(seed)
-        yield (grown := self._live(GROWN, model, seed, split, plane))
-        yield self._live(SMALL, self._plain(seed, self.small), seed, split, None)
+        yield (grown := self._live(GROWN, model, seed, split, plane, self.config))
+        yield self._live(SMALL, self._plain(seed, self.small), seed, split)
         size = self.size(grown.parameters)
-        yield self._live(FINAL, self._plain(seed, size), seed, split, None)
+        yield self._live(FINAL, self._plain(seed, size), seed, split)
+
+    def ablate(self, seed: int, plane: str, split: Split) -> Iterator[Outcome]:
+        """Runs the stream with each element of the recipe turned off in turn."""
+        for name, config in self.ablations.items():
+            yield self._live(name, self.host(seed), seed, split, plane, config)
 
     def _plain(self, seed: int, size: int) -> nn.Module:
         assert self.plain is not None
         return self.plain(seed, size)
 
     def _live(
-        self, arm: str, model: nn.Module, seed: int, split: Split, plane: str | None
+        self,
+        arm: str,
+        model: nn.Module,
+        seed: int,
+        split: Split,
+        plane: str = "",
+        config: EsperConfig | None = None,
     ) -> Outcome:
         task, rate = self.task, LEARNING_RATE
         started = time.perf_counter()
@@ -72,7 +84,7 @@ class Stream(Arena):
         held_out = _Permuted(self.held_out.batches(task.batch_size))
         optimizer = torch.optim.Adam(model.parameters(), lr=rate)
         session = cost = None
-        if plane is None:
+        if config is None:
             cost = TrainingCost(model, task.loss, held_out)
         else:
             session = esper.session(
@@ -83,7 +95,7 @@ class Stream(Arena):
                 loss=task.loss,
                 plane=plane,
                 mode="lockstep",
-                config=self.config,
+                config=config,
             )
         right: list[float] = []
         for _ in range(PERMUTATIONS):
@@ -137,6 +149,5 @@ def stream(seed: int) -> Arena:
             "unit": "% accuracy before training, last third",
             "num_seeds": 10,
             "bars": (Bar(arm=GROWN, against=SMALL, floor=0.0),),
-            "ablations": {},
         }
     )

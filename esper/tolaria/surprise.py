@@ -33,6 +33,7 @@ class SurpriseState:
         pending: Suspicious figures that have not been taken in.
         evidence: Logarithm of the evidence; 0 for none.
         plain: Whether figures are compared as they are, without logarithms.
+        highest: The highest figure taken in, as it is compared; ``None`` for none yet.
     """
 
     level: list[float] = field(default_factory=list)
@@ -40,6 +41,7 @@ class SurpriseState:
     pending: list[float] = field(default_factory=list)
     evidence: float = 0.0
     plain: bool = False
+    highest: float | None = None
 
 
 class Surprise:
@@ -47,9 +49,14 @@ class Surprise:
 
     Args:
         rate: Share of the figures of a sound run that may raise an alarm.
+        forgives_return: Whether a figure below twice the highest that the run has had is never
+            surprising. For gradients: their norm falls as a run converges, rises again by far
+            with a new seed or a rare batch, and does no harm at a height that did none before.
     """
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, *, forgives_return: bool = False) -> None:
+        self._forgives_return = forgives_return
+        self._highest: float | None = None
         self._limit = -math.log(rate)
         self._level: list[float] = []
         self._rises: list[float] = []
@@ -97,19 +104,22 @@ class Surprise:
             list(self._pending),
             self._evidence,
             self._plain,
+            self._highest,
         )
 
     def resume(self, state: SurpriseState) -> None:
         """Goes on from where another stood."""
         self._level, self._rises = list(state.level), list(state.rises)
         self._pending, self._evidence = list(state.pending), state.evidence
-        self._plain = state.plain
+        self._plain, self._highest = state.plain, state.highest
         self._middle = _median(self._level) if self._level else 0.0
 
     def _matters(self, value: float) -> bool:
-        """Whether a figure is at least twice its level: less harms nobody, however unlikely."""
-        least = abs(self._middle) if self._plain else math.log(2.0)
-        return bool(self._level) and value - self._middle >= least
+        """Whether it is at least twice the usual: less harms nobody, however unlikely."""
+        if self._highest is None:
+            return False
+        usual = self._highest if self._forgives_return else self._middle
+        return value - usual >= (abs(usual) if self._plain else math.log(2.0))
 
     def _p_value(self, rise: float) -> float:
         ordered = sorted(self._rises)
@@ -127,6 +137,8 @@ class Surprise:
             if self._level:
                 self._rises.append(value - self._middle)
             self._level.append(value)
+            if self._highest is None or value > self._highest:
+                self._highest = value
             del self._level[:-_LEVEL]
             self._middle = _median(self._level)
         del self._rises[:-_WINDOW]

@@ -56,7 +56,9 @@ class Watch:
         self._scaled = scaled
         rate = min(0.5, config.false_alarm_rate * config.check_every_steps)
         names = (LOSS, *(_gradient(number) for number in range(num_optimizers)))
-        self._usual = {name: Surprise(rate / len(names)) for name in names}
+        self._usual = {
+            name: Surprise(rate / len(names), forgives_return=name != LOSS) for name in names
+        }
         self._figures: dict[str, Tensor] = {}
         self._looks: list[_Look] = []
 

@@ -61,6 +61,27 @@ def test_a_single_outlier_is_forgiven_and_a_lasting_level_is_learnt() -> None:
     assert watched.usual is not None and watched.usual > 40
 
 
+def converging(draw: random.Random, step: int) -> float:
+    """Falls smoothly, and rises again by far when what is trained changes."""
+    since = step % 150
+    return draw.lognormvariate(-since / 30, 0.05)
+
+
+def test_a_height_that_the_run_has_had_is_forgiven_where_that_is_asked() -> None:
+    draw, strict, mild = (
+        random.Random(0),
+        Surprise(1e-6),
+        Surprise(1e-6, forgives_return=True),
+    )
+    figures = [converging(draw, step) for step in range(600)]
+    assert any(strict.observe(figure) for figure in figures)
+    assert not any(mild.observe(figure) for figure in figures)
+    assert any(mild.observe(200 * max(figures)) for _ in range(3))
+    again = Surprise(1e-6, forgives_return=True)
+    again.resume(mild.state())
+    assert not any(again.observe(max(figures)) for _ in range(50))
+
+
 def test_it_goes_on_from_its_state() -> None:
     draw, first = random.Random(0), Surprise(1e-6)
     for _ in range(100):
