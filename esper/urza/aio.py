@@ -15,16 +15,14 @@ from esper.common.rpc import readable_errors
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import digest_pb2
 from esper.common.v1 import kernel_pb2
+from esper.urza import requests
 from esper.urza.cache import BlobCache
 from esper.urza.framing import async_download_call
 from esper.urza.framing import async_upload_call
 from esper.urza.transfer import ATTEMPTS
 from esper.urza.transfer import HASHED_ASIDE_BYTES
-from esper.urza.transfer import MAX_DIGESTS
-from esper.urza.transfer import PAGE_SIZE
 from esper.urza.transfer import Download
 from esper.urza.transfer import digest_of
-from esper.urza.transfer import new_id
 from esper.urza.transfer import transfer_timeout_s
 from esper.urza.transfer import upload_chunks
 from esper.urza.transfer import worth_another_attempt
@@ -117,8 +115,7 @@ class AsyncUrzaClient:
     ) -> list[digest_pb2.Digest]:
         """Returns those of `digests` that the store does not hold, in the same order."""
         missing: list[digest_pb2.Digest] = []
-        for start in range(0, len(digests), MAX_DIGESTS):
-            request = blob_pb2.FindMissingBlobsRequest(digests=digests[start : start + MAX_DIGESTS])
+        for request in requests.find_missing(digests):
             with readable_errors():
                 answer = await self._blobs.FindMissingBlobs(request, timeout=CALL_TIMEOUT_S)
             missing += answer.missing
@@ -128,9 +125,7 @@ class AsyncUrzaClient:
         self, blueprint: blueprint_pb2.Blueprint, parents: Iterable[str] = ()
     ) -> library_pb2.BlueprintRecord:
         """Stores a blueprint, or finds an equal one stored, and returns its record."""
-        request = library_pb2.CreateBlueprintRequest(
-            blueprint=blueprint, parents=parents, request_id=new_id()
-        )
+        request = requests.create_blueprint(blueprint, parents)
         with readable_errors():
             return (await self._library.CreateBlueprint(request, timeout=CALL_TIMEOUT_S)).blueprint
 
@@ -146,7 +141,7 @@ class AsyncUrzaClient:
         tags: Iterable[str] = (),
     ) -> AsyncIterator[library_pb2.BlueprintRecord]:
         """Yields the blueprints in a state (default any) that carry all of `tags`, by name."""
-        request = library_pb2.ListBlueprintsRequest(page_size=PAGE_SIZE, state=state, tags=tags)
+        request = requests.list_blueprints(state, tags)
         while True:
             with readable_errors():
                 page = await self._library.ListBlueprints(request, timeout=CALL_TIMEOUT_S)
@@ -160,9 +155,7 @@ class AsyncUrzaClient:
         self, name: str, state: library_pb2.BlueprintState, etag: str = ""
     ) -> library_pb2.BlueprintRecord:
         """Moves a blueprint to another state; with `etag`, only if it has not changed since."""
-        request = library_pb2.UpdateBlueprintStateRequest(
-            name=name, state=state, etag=etag, request_id=new_id()
-        )
+        request = requests.update_blueprint_state(name, state, etag)
         with readable_errors():
             answer = await self._library.UpdateBlueprintState(request, timeout=CALL_TIMEOUT_S)
         return answer.blueprint
@@ -171,9 +164,7 @@ class AsyncUrzaClient:
         self, kernel: kernel_pb2.Kernel, tags: Iterable[str] = (), parents: Iterable[str] = ()
     ) -> library_pb2.KernelRecord:
         """Stores a kernel, or finds an equal one stored, and returns its record."""
-        request = library_pb2.CreateKernelRequest(
-            kernel=kernel, tags=tags, parents=parents, request_id=new_id()
-        )
+        request = requests.create_kernel(kernel, tags, parents)
         with readable_errors():
             return (await self._library.CreateKernel(request, timeout=CALL_TIMEOUT_S)).kernel
 
@@ -189,7 +180,7 @@ class AsyncUrzaClient:
         order: library_pb2.KernelOrder = library_pb2.KERNEL_ORDER_NAME,
     ) -> AsyncIterator[library_pb2.KernelRecord]:
         """Yields the kernels that pass `filter` (default all) in an order (default by name)."""
-        request = library_pb2.ListKernelsRequest(page_size=PAGE_SIZE, filter=filter, order=order)
+        request = requests.list_kernels(filter, order)
         while True:
             with readable_errors():
                 page = await self._library.ListKernels(request, timeout=CALL_TIMEOUT_S)
@@ -207,9 +198,7 @@ class AsyncUrzaClient:
         etag: str = "",
     ) -> library_pb2.KernelRecord:
         """Moves a kernel to another state; to VALIDATED only with a report that passed."""
-        request = library_pb2.UpdateKernelStateRequest(
-            name=name, state=state, validation=validation, etag=etag, request_id=new_id()
-        )
+        request = requests.update_kernel_state(name, state, validation, etag)
         with readable_errors():
             return (await self._library.UpdateKernelState(request, timeout=CALL_TIMEOUT_S)).kernel
 
@@ -217,9 +206,7 @@ class AsyncUrzaClient:
         self, name: str, measurement: kernel_pb2.Measurement, etag: str = ""
     ) -> library_pb2.KernelRecord:
         """Adds a timing to a kernel's record; with `etag`, only if it has not changed since."""
-        request = library_pb2.RecordMeasurementRequest(
-            name=name, measurement=measurement, etag=etag, request_id=new_id()
-        )
+        request = requests.record_measurement(name, measurement, etag)
         with readable_errors():
             return (await self._library.RecordMeasurement(request, timeout=CALL_TIMEOUT_S)).kernel
 
@@ -227,15 +214,13 @@ class AsyncUrzaClient:
         self, report: library_pb2.FieldReport, request_id: str = ""
     ) -> library_pb2.FieldReport:
         """Stores what a kernel did in a run and returns the report with name and time."""
-        request = library_pb2.RecordFieldReportRequest(
-            report=report, request_id=request_id or new_id()
-        )
+        request = requests.record_field_report(report, request_id)
         with readable_errors():
             return (await self._library.RecordFieldReport(request, timeout=CALL_TIMEOUT_S)).report
 
     async def list_field_reports(self, kernel: str) -> AsyncIterator[library_pb2.FieldReport]:
         """Yields the reports on `kernels/{digest}`, oldest first."""
-        request = library_pb2.ListFieldReportsRequest(kernel=kernel, page_size=PAGE_SIZE)
+        request = requests.list_field_reports(kernel)
         while True:
             with readable_errors():
                 page = await self._library.ListFieldReports(request, timeout=CALL_TIMEOUT_S)
@@ -255,10 +240,7 @@ class AsyncUrzaClient:
         self, start_revision: int = 0, progress_interval_s: float = 10.0
     ) -> AsyncLibraryWatch:
         """Returns the library's changes from a revision on, then those that follow."""
-        request = library_pb2.WatchRequest(
-            start_revision=start_revision, progress_interval_s=progress_interval_s
-        )
-        call = self._library.Watch(request)
+        call = self._library.Watch(requests.watch(start_revision, progress_interval_s))
         if start_revision == 0:
             await call.initial_metadata()  # comes once the server has noted the position
         return AsyncLibraryWatch(call, lambda response: response)

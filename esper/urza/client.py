@@ -14,16 +14,14 @@ from esper.common.rpc import readable_errors
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import digest_pb2
 from esper.common.v1 import kernel_pb2
+from esper.urza import requests
 from esper.urza.cache import BlobCache
 from esper.urza.framing import download_call
 from esper.urza.framing import upload_call
 from esper.urza.runs import RunClient
 from esper.urza.transfer import ATTEMPTS
-from esper.urza.transfer import MAX_DIGESTS
-from esper.urza.transfer import PAGE_SIZE
 from esper.urza.transfer import Download
 from esper.urza.transfer import digest_of
-from esper.urza.transfer import new_id
 from esper.urza.transfer import transfer_timeout_s
 from esper.urza.transfer import upload_chunks
 from esper.urza.transfer import worth_another_attempt
@@ -131,8 +129,7 @@ class UrzaClient:
     def find_missing_blobs(self, digests: Sequence[digest_pb2.Digest]) -> list[digest_pb2.Digest]:
         """Returns those of `digests` that the store does not hold, in the same order."""
         missing: list[digest_pb2.Digest] = []
-        for start in range(0, len(digests), MAX_DIGESTS):
-            request = blob_pb2.FindMissingBlobsRequest(digests=digests[start : start + MAX_DIGESTS])
+        for request in requests.find_missing(digests):
             with readable_errors():
                 missing += self._blobs.FindMissingBlobs(request, timeout=CALL_TIMEOUT_S).missing
         return missing
@@ -151,9 +148,7 @@ class UrzaClient:
         Raises:
             RpcError: FAILED_PRECONDITION where a parent is not stored.
         """
-        request = library_pb2.CreateBlueprintRequest(
-            blueprint=blueprint, parents=parents, request_id=new_id()
-        )
+        request = requests.create_blueprint(blueprint, parents)
         with readable_errors():
             return self._library.CreateBlueprint(request, timeout=CALL_TIMEOUT_S).blueprint
 
@@ -169,7 +164,7 @@ class UrzaClient:
         tags: Iterable[str] = (),
     ) -> Iterator[library_pb2.BlueprintRecord]:
         """Yields the blueprints in a state (default any) that carry all of `tags`, by name."""
-        request = library_pb2.ListBlueprintsRequest(page_size=PAGE_SIZE, state=state, tags=tags)
+        request = requests.list_blueprints(state, tags)
         while True:
             with readable_errors():
                 page = self._library.ListBlueprints(request, timeout=CALL_TIMEOUT_S)
@@ -182,9 +177,7 @@ class UrzaClient:
         self, name: str, state: library_pb2.BlueprintState, etag: str = ""
     ) -> library_pb2.BlueprintRecord:
         """Moves a blueprint to another state; with `etag`, only if it has not changed since."""
-        request = library_pb2.UpdateBlueprintStateRequest(
-            name=name, state=state, etag=etag, request_id=new_id()
-        )
+        request = requests.update_blueprint_state(name, state, etag)
         with readable_errors():
             return self._library.UpdateBlueprintState(request, timeout=CALL_TIMEOUT_S).blueprint
 
@@ -204,9 +197,7 @@ class UrzaClient:
             RpcError: FAILED_PRECONDITION where its blueprint, another parent or its weights are not
                 stored.
         """
-        request = library_pb2.CreateKernelRequest(
-            kernel=kernel, tags=tags, parents=parents, request_id=new_id()
-        )
+        request = requests.create_kernel(kernel, tags, parents)
         with readable_errors():
             return self._library.CreateKernel(request, timeout=CALL_TIMEOUT_S).kernel
 
@@ -225,7 +216,7 @@ class UrzaClient:
 
         Orders by a measured figure leave out the kernels that have not been measured.
         """
-        request = library_pb2.ListKernelsRequest(page_size=PAGE_SIZE, filter=filter, order=order)
+        request = requests.list_kernels(filter, order)
         while True:
             with readable_errors():
                 page = self._library.ListKernels(request, timeout=CALL_TIMEOUT_S)
@@ -242,9 +233,7 @@ class UrzaClient:
         etag: str = "",
     ) -> library_pb2.KernelRecord:
         """Moves a kernel to another state; to VALIDATED only with a report that passed."""
-        request = library_pb2.UpdateKernelStateRequest(
-            name=name, state=state, validation=validation, etag=etag, request_id=new_id()
-        )
+        request = requests.update_kernel_state(name, state, validation, etag)
         with readable_errors():
             return self._library.UpdateKernelState(request, timeout=CALL_TIMEOUT_S).kernel
 
@@ -252,9 +241,7 @@ class UrzaClient:
         self, name: str, measurement: kernel_pb2.Measurement, etag: str = ""
     ) -> library_pb2.KernelRecord:
         """Adds a timing to a kernel's record; with `etag`, only if it has not changed since."""
-        request = library_pb2.RecordMeasurementRequest(
-            name=name, measurement=measurement, etag=etag, request_id=new_id()
-        )
+        request = requests.record_measurement(name, measurement, etag)
         with readable_errors():
             return self._library.RecordMeasurement(request, timeout=CALL_TIMEOUT_S).kernel
 
@@ -269,15 +256,13 @@ class UrzaClient:
             report: The report.
             request_id: Makes it harmless to send the report again; empty takes a new one.
         """
-        request = library_pb2.RecordFieldReportRequest(
-            report=report, request_id=request_id or new_id()
-        )
+        request = requests.record_field_report(report, request_id)
         with readable_errors():
             return self._library.RecordFieldReport(request, timeout=CALL_TIMEOUT_S).report
 
     def list_field_reports(self, kernel: str) -> Iterator[library_pb2.FieldReport]:
         """Yields the reports on `kernels/{digest}`, oldest first."""
-        request = library_pb2.ListFieldReportsRequest(kernel=kernel, page_size=PAGE_SIZE)
+        request = requests.list_field_reports(kernel)
         while True:
             with readable_errors():
                 page = self._library.ListFieldReports(request, timeout=CALL_TIMEOUT_S)
@@ -309,10 +294,7 @@ class UrzaClient:
             start_revision: First revision wanted; 0 means changes after this call returns.
             progress_interval_s: How often a quiet watch is told its position, 0.1 to 3600.
         """
-        request = library_pb2.WatchRequest(
-            start_revision=start_revision, progress_interval_s=progress_interval_s
-        )
-        call = self._library.Watch(request)
+        call = self._library.Watch(requests.watch(start_revision, progress_interval_s))
         if start_revision == 0:
             call.initial_metadata()  # comes once the server has noted the position
         return LibraryWatch(call, lambda response: response)

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
@@ -21,19 +20,12 @@ from esper.urza.v1 import blob_pb2
 CHUNK_BYTES = 1 << 20
 HASHED_ASIDE_BYTES = 4 << 20
 """From this size on a download is hashed by a thread of its own, and an upload by asyncio's."""
-PAGE_SIZE = 200
 ATTEMPTS = 5
-MAX_DIGESTS = 1000
 
 
 def digest_of(data: bytes) -> digest_pb2.Digest:
     """Returns the digest of some bytes."""
     return digest_pb2.Digest(hash=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
-
-
-def new_id() -> str:
-    """Returns a request id that nobody else has."""
-    return str(uuid.uuid4())
 
 
 def transfer_timeout_s(size_bytes: int) -> float:
