@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import cast
 
 import grpc
 from grpc_health.v1 import health
@@ -25,7 +26,7 @@ from esper.services.serving import metrics
 from esper.services.serving.context import Service
 from esper.services.serving.context import ServiceContext
 from esper.services.serving.context import StartupError
-from esper.services.serving.interceptor import CallInterceptor
+from esper.services.serving.guard import GuardedServer
 from esper.services.serving.journal import CallJournal
 from esper.services.serving.limits import MAX_MESSAGE_BYTES
 from esper.services.serving.limits import ServerLimits
@@ -97,10 +98,9 @@ def make_data_dir(path: Path) -> None:
         raise StartupError(f"data directory {path} is not writable")
 
 
-def make_server(limits: ServerLimits, journal: CallJournal) -> grpc.aio.Server:
+def make_server() -> grpc.aio.Server:
     """Returns a server without ports and services, with the options that every server has."""
     return grpc.aio.server(
-        interceptors=[CallInterceptor(limits, journal)],
         options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -149,7 +149,9 @@ async def serve(config: ServerConfig, stopping: asyncio.Event) -> None:
         LOG.info("metrics on port %d", metrics.expose(config.metrics))
     make_data_dir(config.data_dir)
     journal = CallJournal()
-    server = make_server(config.limits, journal)
+    server = make_server()
+    # Generated code asks for a server's own class, and uses these two methods of it.
+    guarded = cast(grpc.aio.Server, GuardedServer(server, config.limits, journal))
     address = bind(server, config.address)
     context = ServiceContext(
         config.data_dir, config.urza or str(address), stopping, config.store_limits
@@ -160,8 +162,8 @@ async def serve(config: ServerConfig, stopping: asyncio.Event) -> None:
     try:
         for service in create_services(config.names, context):
             services.append(service)
-            service.add_to(server)
-        health_servicer = await _add_shell_services(server, services, config.data_dir)
+            service.add_to(guarded)
+        health_servicer = await _add_shell_services(server, guarded, services, config.data_dir)
         if config.scratch is not None:
             _at_end_of_stdin(orphaned)
             watch = asyncio.create_task(_stop_without_parent(os.getppid(), orphaned, stopping))
@@ -186,10 +188,14 @@ async def serve(config: ServerConfig, stopping: asyncio.Event) -> None:
 
 
 async def _add_shell_services(
-    server: grpc.aio.Server, services: Sequence[Service], data_dir: Path
+    server: grpc.aio.Server,
+    guarded: grpc.aio.Server,
+    services: Sequence[Service],
+    data_dir: Path,
 ) -> health.aio.HealthServicer:
     names = (info.FULL_NAME, *(name for service in services for name in service.full_names))
-    plane_pb2_grpc.add_PlaneServiceServicer_to_server(info.PlaneServicer(names, data_dir), server)
+    plane_pb2_grpc.add_PlaneServiceServicer_to_server(info.PlaneServicer(names, data_dir), guarded)
+    # Health checks and reflection have no errors of ours and would fill the log.
     health_servicer = health.aio.HealthServicer()
     for name in ("", *names):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)

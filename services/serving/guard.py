@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from collections.abc import Awaitable
 from collections.abc import Callable
+from collections.abc import Mapping
 from typing import TypeAlias
 from typing import TypeVar
 from typing import cast
@@ -23,50 +24,46 @@ from esper.services.serving.limits import ServerLimits
 from esper.services.serving.logs import FIELDS
 
 LOG = logging.getLogger("esper.call")
-OWN_PREFIX = "/esper."
 RETRY_AFTER_S = 0.5
 
 Q = TypeVar("Q")
 R = TypeVar("R")
 
 # Quoted: gRPC's classes are generic in their type stubs alone.
-Handler: TypeAlias = "grpc.RpcMethodHandler[Q, R]"
 UnaryBehaviour: TypeAlias = "Callable[[object, CallContext], Awaitable[object]]"
 StreamBehaviour: TypeAlias = "Callable[[object, CallContext], AsyncIterator[object]]"
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the handlers of Esper's own services, all four kinds of them.
+class GuardedServer:
+    """Where services register their methods: each gets a guard around it, of all four kinds.
 
     A `ServiceError` becomes its status with details. Any other exception becomes INTERNAL with an
-    incident number; the traceback goes to the log alone.
+    incident number; the traceback goes to the log alone. Not an interceptor of gRPC's, which would
+    look for the handler anew, and wrap the caller's metadata, with every call.
 
     Args:
+        server: Serves the methods.
         limits: What the server takes on.
         journal: Takes down the calls that have ended.
     """
 
-    def __init__(self, limits: ServerLimits, journal: CallJournal) -> None:
+    def __init__(self, server: grpc.aio.Server, limits: ServerLimits, journal: CallJournal) -> None:
+        self._server = server
         self._limits = limits
         self._running = 0
         self._journal = journal
-        self._wrapped: dict[str, object] = {}  # a wrapper for every call would cost a tenth of it
 
-    async def intercept_service(  # noqa: D102
-        self,
-        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler[Q, R] | None]]",
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> "Handler[Q, R] | None":
-        method = handler_call_details.method
-        if (known := self._wrapped.get(method)) is not None:
-            return cast("Handler[Q, R]", known)
-        handler = await continuation(handler_call_details)
-        # Health checks and reflection have no errors of ours and would fill the log.
-        if handler is None or not method.startswith(OWN_PREFIX):
-            return handler
-        wrapped = self._wrap(method, handler)
-        self._wrapped[method] = wrapped
-        return wrapped
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Does nothing: what generated code adds here it registers by name, too."""
+
+    def add_registered_method_handlers(
+        self, service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Q, R]]"
+    ) -> None:
+        """Registers methods of a service by name; a later handler takes the place of an earlier."""
+        wrapped = {
+            name: self._wrap(f"/{service}/{name}", handler) for name, handler in handlers.items()
+        }
+        self._server.add_registered_method_handlers(service, wrapped)
 
     def _wrap(
         self, method: str, handler: "grpc.RpcMethodHandler[Q, R]"

@@ -1,4 +1,4 @@
-"""The interceptor around handlers of all four kinds, over a real socket."""
+"""The guard around handlers of all four kinds, over a real socket."""
 
 import asyncio
 import logging
@@ -28,7 +28,7 @@ from esper.services.serving.errors import refused
 from esper.services.serving.errors import require
 from esper.services.serving.errors import unavailable
 from esper.services.serving.errors import unimplemented
-from esper.services.serving.interceptor import CallInterceptor
+from esper.services.serving.guard import GuardedServer
 from esper.services.serving.journal import CallJournal
 from esper.services.serving.limits import ServerLimits
 from esper.services.serving.logs import FIELDS
@@ -101,8 +101,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     control: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     async def run() -> None:
-        server = grpc.aio.server(interceptors=[CallInterceptor(LIMITS, CallJournal())])
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        server = grpc.aio.server()
+        guarded = GuardedServer(server, LIMITS, CallJournal())
+        guarded.add_registered_method_handlers(SERVICE, handlers)
         server.add_insecure_port(place)
         await server.start()
         stop = asyncio.Event()
