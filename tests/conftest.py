@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from esper.plane import Plane
@@ -27,6 +28,10 @@ from esper.services.serving.shell import ServerConfig
 from esper.services.serving.shell import serve
 
 START_TIMEOUT_S = 100
+
+# The same examples in every run; ``--hypothesis-profile=default`` looks for new ones.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @dataclass

@@ -25,6 +25,8 @@ from esper import _C
 from esper.kasmina import ops
 from esper.kasmina.ops import SeedPlan
 
+NUMERICS = ("ops", "ops_layouts", "ops_telemetry")
+
 
 def with_capability(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -44,7 +46,7 @@ def test_every_instruction_set(name):
     if "but this CPU does not support it" in probe.stderr:
         pytest.skip(f"this CPU has no {name}")
     assert probe.stdout.strip() == name
-    numerics = [str(Path(__file__).with_name(f"test_{part}.py")) for part in ("ops", "ops_layouts")]
+    numerics = [str(Path(__file__).with_name(f"test_{part}.py")) for part in NUMERICS]
     result = with_capability(
         name, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "not repeat", *numerics
     )

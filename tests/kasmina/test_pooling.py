@@ -54,5 +54,7 @@ def test_halves_put_together_are_the_whole() -> None:
             assert again.null_score == pytest.approx(score.null_score, rel=0.2), key
             assert again.gradient_score == pytest.approx(score.gradient_score, rel=0.2), key
     assert sum(len(signal.growth_scores) for signal in found.values()) >= 3
-    trained = found["2", 1]
+    trained, alone = found["2", 1], expected["2", 1]
+    assert trained.relative_energy == pytest.approx(alone.relative_energy, rel=1e-5, abs=1e-12)
+    assert trained.num_nonfinite_rows == alone.num_nonfinite_rows == 0
     assert trained.weight_gradient_norm >= 0.9 * expected["2", 1].weight_gradient_norm > 0
