@@ -99,7 +99,7 @@ def sizing_table(seed: int) -> Arena:
 def sizing_text(seed: int) -> Arena:
     """Feed-forward blocks of unknown width, in a small language model."""
     base = text(seed)
-    return _sizing(base, "text", (4, 16, 64, 256), steps=600, grown_steps=900)
+    return _sizing(base, "text", (4, 16, 64, 256), steps=600, grown_steps=800)
 
 
 def _hidden_layer(seed: int, task: Task, steps: int, static_rate: float) -> Arena:
@@ -112,7 +112,7 @@ def _hidden_layer(seed: int, task: Task, steps: int, static_rate: float) -> Aren
 
     config = replace(
         base.config,
-        candidates=(Candidate(blueprint="widen", ranks=(8, 16, 32, 64)),),
+        candidates=(Candidate(blueprint="widen", ranks=(16, 32)),),
         growth=replace(base.config.growth, max_slot_growth=8.0, max_live=LEVELS),
         budget=BudgetConfig(),
     )
@@ -126,12 +126,13 @@ def _hidden_layer(seed: int, task: Task, steps: int, static_rate: float) -> Aren
             size=size_by_parameters(task.host),
             small=host_size,
             config=config,
+            grown=Recipe(learning_rate=0.02),
             static={FINAL: Recipe(learning_rate=static_rate)},
         ),
         task.name,
         (4, 8, 16, 32, 64, 128, 256),
         steps=steps,
-        grown_steps=2 * steps,
+        grown_steps=steps * 13 // 10,
     )
 
 
