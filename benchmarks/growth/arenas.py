@@ -236,7 +236,7 @@ def conv(seed: int) -> Arena:
         small=4,
         steps=136,
         epochs=17,
-        num_held_out=128,
+        num_held_out=359,
         config=config,
         grown=Recipe(learning_rate=0.01),
         static={FINAL: Recipe(learning_rate=0.01)},
