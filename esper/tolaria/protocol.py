@@ -187,8 +187,8 @@ class GraftProtocol:
             The seeds.
 
         Raises:
-            ValueError: If several processes train, or no optimizer takes a seed's parameters;
-                nothing has changed then.
+            ValueError: If several processes train, no optimizer takes a seed's parameters, or one
+                that a scaler steps would be left with none; nothing has changed then.
         """
         keys = [
             key
@@ -202,6 +202,7 @@ class GraftProtocol:
                 "processes take over no seeds under way, as DistributedDataParallel and "
                 "fully_shard have taken their parameters: go on from a checkpoint by resume"
             )
+        self._check_that_scaled_optimizers_keep_something(keys)
         grafts: list[LiveGraft] = []
         try:
             for key in keys:
@@ -223,6 +224,17 @@ class GraftProtocol:
                 self._model.set_schedule(*graft.key, graft.plan.alpha)
             self.live[graft.key] = graft
         return keys
+
+    def _check_that_scaled_optimizers_keep_something(self, keys: Sequence[SeedKey]) -> None:
+        leaving = {id(p) for key in keys for p in self._model.seed_parameters(*key)}
+        for optimizer in self._optimizers if self._scaler is not None else ():
+            trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if trained <= leaving:
+                raise ValueError(
+                    f"optimizer is {type(optimizer).__name__} over seeds under way alone, which "
+                    "move into optimizers of Esper's own, but a GradScaler steps none without "
+                    "gradients: let it train a parameter of the host too"
+                )
 
     def _adopted(self, slot: str, seed: int) -> LiveGraft:
         kernel = self._model.kernel_of(slot, seed)

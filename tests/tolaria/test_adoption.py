@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim import SGD
 from torch.optim import Adam
 from torch.optim import Muon
@@ -207,6 +208,18 @@ def test_a_seed_that_no_optimizer_takes_is_refused_and_nothing_has_changed() -> 
     assert not optimizer._optimizer_step_post_hooks
     assert _ids(optimizer.param_groups[0]["params"]) == _ids(matrices)
     assert model.seed_state("net", 1).name == "TRAINING"
+
+
+def test_a_scaler_s_optimizer_over_seeds_alone_is_refused() -> None:
+    model, _ = _planted("TRAINING")
+    seed = model.seed_parameters("net", 1)
+    optimizer = SGD(seed, lr=0.1)
+    with pytest.raises(ValueError, match="SGD over seeds under way alone"):
+        GraftProtocol(model, optimizer, GraftConfig(), GradScaler("cpu")).adopt()
+    assert _ids(optimizer.param_groups[0]["params"]) == _ids(seed)
+    GraftProtocol(model, optimizer, GraftConfig()).adopt()
+    assert optimizer.param_groups[0]["params"] == []
+    optimizer.step()  # there is nothing to do, and nothing wrong
 
 
 def test_an_embargo_runs_on_in_the_next_session(tmp_path: Path) -> None:
