@@ -16,6 +16,7 @@ from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import digest_pb2
 from esper.common.v1 import kernel_pb2
 from esper.urza import requests
+from esper.urza.aio_runs import AsyncRunClient
 from esper.urza.cache import BlobCache
 from esper.urza.framing import async_download_call
 from esper.urza.framing import async_upload_call
@@ -41,9 +42,13 @@ class AsyncUrzaClient:
     Args:
         channel: An open channel to a server of Urza.
         cache: Answers `read_blob` for what was read before; None reads from the server always.
+
+    Attributes:
+        runs: The client of the server's runs.
     """
 
     def __init__(self, channel: grpc.aio.Channel, cache: BlobCache | None = None) -> None:
+        self.runs = AsyncRunClient(channel)
         self._cache = cache
         # The stubs' own types speak of channels without asyncio only.
         self._blobs: blob_pb2_grpc.BlobServiceAsyncStub = blob_pb2_grpc.BlobServiceStub(channel)

@@ -5,11 +5,15 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 
+from google.protobuf.message import Message
+
+from esper.common.rpc import packed
 from esper.common.v1 import blueprint_pb2
 from esper.common.v1 import digest_pb2
 from esper.common.v1 import kernel_pb2
 from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import library_pb2
+from esper.urza.v1 import run_pb2
 
 PAGE_SIZE = 200
 MAX_DIGESTS = 1000
@@ -107,3 +111,30 @@ def watch(start_revision: int, progress_interval_s: float) -> library_pb2.WatchR
     return library_pb2.WatchRequest(
         start_revision=start_revision, progress_interval_s=progress_interval_s
     )
+
+
+def create_run(run_id: str, task: str) -> run_pb2.CreateRunRequest:
+    """Asks to open a run."""
+    return run_pb2.CreateRunRequest(run_id=run_id, task=task, request_id=new_id())
+
+
+def append_run_events(
+    name: str, messages: Iterable[Message], expected_sequence: int
+) -> list[run_pb2.AppendRunEventsRequest]:
+    """Returns a request for each event that happens now.
+
+    Raises:
+        ValueError: Where there is no message.
+    """
+    events = []
+    for number, message in enumerate(messages):
+        event = run_pb2.AppendRunEventsRequest(
+            run="" if number else name,
+            expected_sequence=expected_sequence + number,
+            body=packed(message),
+        )
+        event.event_time.GetCurrentTime()
+        events.append(event)
+    if not events:
+        raise ValueError("messages: [] must hold at least one message")
+    return events

@@ -1,6 +1,5 @@
 """Client of Urza's runs: record a training as a hash-chained history, read it, verify it."""
 
-import uuid
 from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import TypeAlias
@@ -10,13 +9,10 @@ from google.protobuf.message import Message
 
 from esper.common.following import Following
 from esper.common.rpc import CALL_TIMEOUT_S
-from esper.common.rpc import packed
 from esper.common.rpc import readable_errors
+from esper.urza import requests
 from esper.urza.v1 import run_pb2
 from esper.urza.v1 import run_pb2_grpc
-
-PAGE_SIZE = 200
-
 
 RunWatch: TypeAlias = Following[run_pb2.WatchRunResponse, run_pb2.RunEvent]
 """The events of one run, in order, without end."""
@@ -47,7 +43,7 @@ class RunClient:
         Raises:
             RpcError: ALREADY_EXISTS where another run has the id.
         """
-        request = run_pb2.CreateRunRequest(run_id=run_id, task=task, request_id=str(uuid.uuid4()))
+        request = requests.create_run(run_id, task)
         with readable_errors():
             return self._runs.CreateRun(request, timeout=CALL_TIMEOUT_S).run
 
@@ -74,19 +70,9 @@ class RunClient:
                 faster; the metadata say how many (`num_events`).
             ValueError: Where there is no message.
         """
-        requests = []
-        for number, message in enumerate(messages):
-            request = run_pb2.AppendRunEventsRequest(
-                run="" if number else name,
-                expected_sequence=expected_sequence + number,
-                body=packed(message),
-            )
-            request.event_time.GetCurrentTime()
-            requests.append(request)
-        if not requests:
-            raise ValueError("messages: [] must hold at least one message")
+        events = requests.append_run_events(name, messages, expected_sequence)
         with readable_errors():
-            return self._runs.AppendRunEvents(iter(requests), timeout=timeout_s)
+            return self._runs.AppendRunEvents(iter(events), timeout=timeout_s)
 
     def get_run(self, name: str) -> run_pb2.Run:
         """Returns the record of `runs/{id}`."""
@@ -96,7 +82,7 @@ class RunClient:
 
     def list_runs(self) -> Iterator[run_pb2.Run]:
         """Yields all runs, newest first."""
-        request = run_pb2.ListRunsRequest(page_size=PAGE_SIZE)
+        request = run_pb2.ListRunsRequest(page_size=requests.PAGE_SIZE)
         while True:
             with readable_errors():
                 page = self._runs.ListRuns(request, timeout=CALL_TIMEOUT_S)

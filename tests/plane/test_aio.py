@@ -21,8 +21,10 @@ from esper.oona.client import OonaClient
 from esper.plane import Plane
 from esper.plane.channel import make_async_channel
 from esper.urza.aio import AsyncUrzaClient
+from esper.urza.aio_runs import AsyncRunClient
 from esper.urza.cache import BlobCache
 from esper.urza.client import UrzaClient
+from esper.urza.runs import RunClient
 from esper.urza.transfer import digest_of
 from esper.urza.v1 import library_pb2
 
@@ -45,7 +47,8 @@ async def collect(items: AsyncIterator[object]) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"), [(UrzaClient, AsyncUrzaClient), (OonaClient, AsyncOonaClient)]
+    ("theirs", "ours"),
+    [(UrzaClient, AsyncUrzaClient), (RunClient, AsyncRunClient), (OonaClient, AsyncOonaClient)],
 )
 def test_both_kinds_of_client_have_the_same_calls(theirs: type, ours: type) -> None:
     def calls(kind: type) -> dict[str, list[inspect.Parameter]]:
@@ -130,6 +133,31 @@ def test_the_library(store_plane: Plane) -> None:
                 record.name, library_pb2.KERNEL_STATE_DEPLOYED, etag=record.etag
             )
         assert caught.value.reason == "ILLEGAL_MOVE"
+
+    in_loop(store_plane, work)
+
+
+def test_histories_of_runs(store_plane: Plane) -> None:
+    async def work(urza: AsyncUrzaClient, oona: AsyncOonaClient) -> None:
+        run = await urza.runs.create_run(task="digits")
+        bodies = [wrappers_pb2.Int32Value(value=number) for number in range(5)]
+        extent = await urza.runs.append_run_events(run.name, bodies[:3], 0)
+        assert extent.num_events == 3
+        with pytest.raises(RpcError) as caught:
+            await urza.runs.append_run_events(run.name, bodies[3:], 2)
+        assert caught.value.code is grpc.StatusCode.ABORTED
+        with pytest.raises(ValueError, match="at least one message"):
+            await urza.runs.append_run_events(run.name, [], 3)
+        watch = urza.runs.watch_run(run.name, 1)
+        seen = [await anext(watch) for _ in range(2)]
+        await urza.runs.append_run_events(run.name, bodies[3:], 3)
+        seen += [await anext(watch) for _ in range(2)]
+        watch.close()
+        assert [event.sequence for event in seen] == [1, 2, 3, 4]
+        verdict = await urza.runs.verify_run(run.name)
+        assert (verdict.intact, verdict.num_events) == (True, 5)
+        assert run.name in [found.name async for found in urza.runs.list_runs()]
+        assert store_plane.urza.runs.get_run(run.name).num_events == 5
 
     in_loop(store_plane, work)
 
