@@ -24,10 +24,20 @@ COMMIT_SECONDS = Histogram(
 READ_SECONDS = Histogram(
     "esper_store_read_seconds", "How long reads held a snapshot.", ["store"], buckets=_SECONDS
 )
+COPY_SECONDS = Histogram(
+    "esper_store_copy_seconds",
+    "How long copies of the rows took, for backups and checks.",
+    ["store"],
+    buckets=_SECONDS,
+)
+GROWTHS = Counter("esper_store_growths", "How often the map of the rows was enlarged.", ["store"])
 ROW_FILE_BYTES = Gauge("esper_store_row_file_bytes", "Size of the file with the rows.", ["store"])
 QUEUE_LENGTH = Gauge("esper_store_queued_writes", "Writes that wait for the writer.", ["store"])
 BLOBS = Gauge("esper_blobs", "Blobs stored.")
 BLOB_BYTES = Gauge("esper_blob_bytes", "Size of the blobs stored.")
+TRANSFERRED = Counter(
+    "esper_blob_transferred_bytes", "Bytes of blobs `written` and `read` by callers.", ["direction"]
+)
 GARBAGE_BYTES = Counter("esper_garbage_bytes", "Size of the blobs that were collected as garbage.")
 QUARANTINED = Counter("esper_quarantined", "Damaged things that were put aside.", ["kind"])
 

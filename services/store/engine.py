@@ -146,6 +146,8 @@ class Store:
         self._refused = metrics.WRITES.labels(self._name, "refused")
         self._reads = metrics.READ_SECONDS.labels(self._name)
         self._commits = metrics.COMMIT_SECONDS.labels(self._name)
+        self._copies = metrics.COPY_SECONDS.labels(self._name)
+        self._growths = metrics.GROWTHS.labels(self._name)
         self._queued = metrics.QUEUE_LENGTH.labels(self._name)
         self._file_bytes = metrics.ROW_FILE_BYTES.labels(self._name)
         self._writer = threading.Thread(
@@ -235,7 +237,8 @@ class Store:
         """
         self._gate.enter()
         try:
-            self._environment.copy(str(folder), compact=compact)
+            with self._copies.time():
+                self._environment.copy(str(folder), compact=compact)
         finally:
             self._gate.leave()
 
@@ -353,6 +356,7 @@ class Store:
         self._clear_readers()
         with self._gate.alone():
             self._environment.set_mapsize(wanted)
+        self._growths.inc()
         LOG.info("the map of %s grew to %d bytes", self.directory, wanted)
         if wanted >= SOFT_SHARE * self.limits.max_row_bytes:
             LOG.warning("the rows of %s near their limit of %d bytes", self.directory, wanted)

@@ -13,6 +13,7 @@ from typing import TypeVar
 import grpc
 
 from esper.common.v1 import digest_pb2
+from esper.services.serving import metrics
 from esper.services.serving.context import CallContext
 from esper.services.serving.errors import invalid
 from esper.services.serving.errors import require
@@ -35,6 +36,9 @@ T = TypeVar("T")
 SERVICE = "esper.urza.v1.BlobService"
 MAX_WAITING = 8
 """Chunks of one upload that wait for those before to be written; it is read no further then."""
+
+_WRITTEN = metrics.TRANSFERRED.labels("written")
+_READ = metrics.TRANSFERRED.labels("read")
 
 # The methods are documented in proto/esper/urza/v1.
 # ruff: noqa: D102, N802
@@ -107,6 +111,7 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
         received = chunk.head.write_offset
         while True:
             received += len(chunk.data)
+            _WRITTEN.inc(len(chunk.data))
             await writing.add(partial(upload.write, chunk.head.write_offset, chunk.data))
             if received >= digest.size_bytes:
                 break
@@ -148,6 +153,7 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
         reading = _do(executor, partial(next, chunks, None))
         while (chunk := await reading) is not None:
             reading = _do(executor, partial(next, chunks, None))
+            _READ.inc(len(chunk))
             yield chunk
 
     async def FindMissingBlobs(

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from esper.common.rpc import RpcError
+from esper.oona.admin import LogAdmin
 from esper.plane import connect
 from esper.services.serving import metrics
 from esper.services.serving.context import StartupError
@@ -33,7 +34,7 @@ def metrics_port(log: Path) -> int:
 
 
 def test_calls_and_writes_are_counted(start_server) -> None:
-    server = start_server("urza", metrics="127.0.0.1:0")
+    server = start_server("urza", "oona", metrics="127.0.0.1:0")
     port = metrics_port(server.log)
     with connect(server.address, timeout_s=60) as plane:
         before = scrape(port)
@@ -50,12 +51,22 @@ def test_calls_and_writes_are_counted(start_server) -> None:
         (server.data / "urza/blobs/files" / digest.hash[:2] / digest.hash).write_bytes(b"damaged")
         with pytest.raises(RpcError, match="DATA_LOSS"):
             plane.urza.read_blob(digest)
-        StoreAdmin(plane.channel("urza")).collect_garbage(0)
+        admin = StoreAdmin(plane.channel("urza"))
+        admin.collect_garbage(0)
+        admin.backup(server.data.parent / "backup")
+        LogAdmin(plane.channel("oona")).backup(server.data.parent / "log")
+        kept = os.urandom(200_000)
+        plane.urza.read_blob(plane.urza.write_blob(kept))
         last = scrape(port)
     assert (after["esper_blobs", ()], after["esper_blob_bytes", ()]) == (3, 30)
     assert last["esper_quarantined_total", ("blob",)] == 1
     assert last["esper_garbage_bytes_total", ()] == 30
-    assert (last["esper_blobs", ()], last["esper_blob_bytes", ()]) == (0, 0)
+    assert (last["esper_blobs", ()], last["esper_blob_bytes", ()]) == (1, len(kept))
+    assert last["esper_blob_transferred_bytes_total", ("written",)] == 30 + 100_000 + len(kept)
+    assert last["esper_blob_transferred_bytes_total", ("read",)] == len(kept)
+    for store in ("urza", "oona"):
+        assert last["esper_store_copy_seconds_count", (store,)] == 1
+        assert last["esper_store_growths_total", (store,)] == 0
     assert after[missing] == 1
     assert after["esper_calls_total", ("OK", f"{service}.BlobService/WriteBlob")] == 3
     assert after["esper_call_seconds_count", (f"{service}.BlobService/WriteBlob",)] == 3

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from esper.services.store.claim import DirectoryClaim
 from esper.services.store.claim import DirectoryError
@@ -107,6 +108,8 @@ def test_a_full_map_grows_and_no_write_is_lost(tmp_path: Path) -> None:
     for number in range(600):
         key = f"{number:04}".encode()
         assert get(store, key) == key * 4096
+    grown = REGISTRY.get_sample_value("esper_store_growths_total", {"store": tmp_path.name})
+    assert grown is not None and grown >= 3
     store.close()
     schema = Schema(("things",), 1)
     again = Store(tmp_path, schema, initial_map_bytes=256 << 10)  # smaller than the file
