@@ -25,9 +25,9 @@ SYNC_BYTES = 8 << 20
 INLINE_BYTES = 64 << 10
 """Blobs up to this size are kept in the row; larger ones are files."""
 HASHED_ASIDE_BYTES = 4 << 20
-"""From this size on an upload is hashed by a thread of its own, beside the writing."""
+"""From this size on a blob is hashed by a thread of its own, beside what is done with it."""
 MAX_UNHASHED = 8
-"""Chunks of one upload that are written and wait to be hashed."""
+"""Chunks of one blob that wait to be hashed."""
 
 
 class Destination(Protocol):
@@ -137,7 +137,7 @@ class Upload:
                     self._drop()
                     raise _disk_error(error) from error
             self._ended = True
-            self._hashing.end()
+            self._hashing.close()
             durable.add_done_callback(lambda _: self._blobs.end_upload(self._digest))
             return durable
 
@@ -179,7 +179,7 @@ class Upload:
     def _end(self) -> None:
         if not self._ended:
             self._ended = True
-            self._hashing.end()
+            self._hashing.close()
             self._blobs.end_upload(self._digest)
 
 
@@ -211,7 +211,7 @@ class HashingAside:
             self._coming.popleft().result()
         return self._hasher.hexdigest()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Ends the thread; nothing may be added after that."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)

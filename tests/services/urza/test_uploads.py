@@ -47,7 +47,7 @@ def test_the_hash_is_that_of_the_whole(size_bytes: int) -> None:
             hashing.add(data[start : start + 100_000])
         assert hashing.hexdigest() == hashlib.sha256(data).hexdigest()
     finally:
-        hashing.end()
+        hashing.close()
 
 
 def test_chunks_that_come_after_the_end_of_their_call_change_nothing(tmp_path: Path) -> None:
