@@ -220,11 +220,18 @@ def test_small_reads(
     get = getting(rows, stored.SerializeToString())
     if clients == 1:
         bare = pair.bare.unary_unary("/bare/Unary", same, same)
+        # Carries the message as a client meets it: serialized on the way out, parsed on the way in.
+        kind = library_pb2.GetBlueprintResponse
+        told = kind(blueprint=stored)
+        message = pair.bare.unary_unary("/bare/Unary", kind.SerializeToString, kind.FromString)
         beside(
             name,
             lambda: one_by_one(lambda: pair.plane.urza.get_blueprint(stored.name), FEW_CALLS),
             {
                 "bare echo": lambda: one_by_one(lambda: bare(answer, timeout=30), FEW_CALLS),
+                "bare echo of messages": lambda: one_by_one(
+                    lambda: message(told, timeout=30), FEW_CALLS
+                ),
                 "LMDB": lambda: one_by_one(get, FEW_CALLS),
             },
             rounds=ROUNDS * CALLS // FEW_CALLS,
