@@ -56,6 +56,7 @@ COMPILED = (
 )
 MAX_TEMPORARIES = 2 * 2**30  # bytes
 LEAST_ROUNDS, WARM_UP = 3, 1
+LEAST_ROUNDS_OF_LARGE, LARGE = 2, 2**29  # bytes of temporaries
 BUDGET_S = 0.5  # of rounds beyond the least, for each of the four groups of a shape
 
 
@@ -116,6 +117,7 @@ def measure(shape: Shape, effort: Effort) -> Row:
     if compiles:
         plain, measured = with_compiled(plain), with_compiled(measured)
     forward, training = problem.forward_work, problem.training_work
+    least_rounds = LEAST_ROUNDS if temporaries(shape) < LARGE else LEAST_ROUNDS_OF_LARGE
 
     def with_telemetry() -> torch.Tensor:
         return problem.ours(telemetry=True)
@@ -127,7 +129,7 @@ def measure(shape: Shape, effort: Effort) -> Row:
             {"ours": ours, **others},
             budget_s=BUDGET_S,
             rounds=effort.rounds,
-            least_rounds=LEAST_ROUNDS,
+            least_rounds=least_rounds,
             warm_up=WARM_UP,
         )
         own = times.pop("ours")

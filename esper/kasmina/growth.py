@@ -23,6 +23,7 @@ features with one source each, F features of a group, B = F or 2 F basis functio
 import math
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -339,3 +340,37 @@ def _normalized(values_GNF: Tensor) -> Tensor:
     count = centred_GNF.shape[1] * centred_GNF.shape[2]
     scale_G11: Tensor = math.sqrt(count) / norm_G11.clamp_min(_TINY)
     return centred_GNF * scale_G11
+
+
+# ---------------------------------------------------------------- tracing
+
+
+def _fake_basis(
+    h: Tensor,
+    x: Tensor | None,
+    input_omega: Tensor | None,
+    output_omega: Tensor,
+    offset: Tensor,
+    bounds: Sequence[int],
+    linear: bool,
+) -> Tensor:
+    groups = len(bounds) // 2 + (x is not None)
+    return h.new_empty((groups, h.shape[0], NUM_FEATURES * (1 + linear)))
+
+
+def _fake_accumulate(
+    basis: Tensor,
+    v: Tensor,
+    scale: float,
+    bounds: Sequence[int],
+    reads_input: bool,
+    gram: Tensor,
+    input: Tensor,
+    output: Tensor,
+    energy: Tensor,
+) -> bool:
+    return True
+
+
+torch.library.register_fake("esper::growth_basis", _fake_basis)
+torch.library.register_fake("esper::growth_accumulate", _fake_accumulate)

@@ -7,6 +7,7 @@ import torch
 
 from esper import _C
 from esper.kasmina.cache import KernelCache
+from esper.kasmina.growth import NUM_FEATURES
 from esper.kasmina.ops import SeedPlan
 from esper.kasmina.ops import slot_forward
 
@@ -171,13 +172,12 @@ def test_the_backward_operator_refuses_what_forward_does_not_take(change, messag
     ],
 )
 def test_growth_probes_refuse(change, message):
-    features = 16
     given = {
         "h": torch.ones(5, 8),
         "x": None,
         "input_omega": None,
-        "output_omega": torch.ones(2, 4, features),
-        "offset": torch.ones(2, 1, features),
+        "output_omega": torch.ones(2, 4, NUM_FEATURES),
+        "offset": torch.ones(2, 1, NUM_FEATURES),
         "bounds": [0, 4, 4, 8],
         "linear": False,
     } | change

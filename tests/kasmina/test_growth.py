@@ -293,3 +293,32 @@ def test_a_planted_seed_closes_the_gap_that_the_score_saw():
     before = float(nn.functional.mse_loss(host(x), target).detach())
     assert loss_after("lacks") < 0.5 * before
     assert loss_after("suffices") > 0.9 * before
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("input_width", [None, 5])
+def test_opcheck(linear, input_width):
+    """Of the probes' own operators: schemas, what they change in place, shapes under tracing.
+
+    The second one says whether it added anything, as a plain truth that no traced graph can hold.
+    """
+    torch.manual_seed(0)
+    probe = GrowthProbe({0: (0, 4), 2: (8, 11)}, 11, input_width, linear, CPU)
+    x = None if input_width is None else torch.randn(20, input_width)
+    arguments = (
+        torch.randn(20, 11),
+        x,
+        probe._input_XF,
+        probe._output_GWF,
+        probe._offset_G1F,
+        probe._bounds,
+        linear,
+    )
+    torch.library.opcheck(torch.ops.esper.growth_basis.default, arguments)
+    basis = torch.ops.esper.growth_basis.default(*arguments)
+    sums = (probe._gram_GBB, probe._input_DB, probe._output_GWB, probe._energy_D)
+    torch.library.opcheck(
+        torch.ops.esper.growth_accumulate.default,
+        (basis, torch.randn(20, 11), 1.5, probe._bounds, x is not None, *sums),
+        test_utils=["test_schema", "test_autograd_registration", "test_faketensor"],
+    )

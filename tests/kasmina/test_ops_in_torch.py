@@ -25,7 +25,7 @@ from esper import _C
 from esper.kasmina import ops
 from esper.kasmina.ops import SeedPlan
 
-NUMERICS = ("ops", "ops_layouts", "ops_telemetry")
+NUMERICS = ("ops", "ops_layouts", "ops_telemetry", "ops_containment", "growth")
 
 
 def with_capability(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -35,10 +35,11 @@ def with_capability(name: str, *arguments: str) -> subprocess.CompletedProcess[s
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=600,
     )
 
 
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(name):
     code = "import esper; print(esper.build_info().cpu_capability)"

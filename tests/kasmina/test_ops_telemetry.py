@@ -69,7 +69,7 @@ def cases(draw):
     return Slot(h, x, slot.scalars, slot.seeds, params)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases())
 def test_statistics_are_those_of_the_values(slot):
     y, stats = slot.run(telemetry=True)
@@ -83,7 +83,7 @@ def test_statistics_are_those_of_the_values(slot):
 WIDE = (torch.float32, torch.float64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases(), st.data())
 def test_statistics_of_parts_merge_to_those_of_the_whole(slot, data):
     """By Chan's formula, in any number of calls, empty ones included."""

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import time
 
 import numpy as np
 import pytest
@@ -437,16 +436,14 @@ def test_a_plan_goes_with_its_seed():
         bank.plan(1)
 
 
-def test_tick_is_fast_enough():
+def test_a_tick_of_very_many_seeds_moves_each():
+    """100 000; how long it takes is what ``make targets`` shows."""
     bank = SeedBank([100] * 1000)
     for slot in range(1000):
         for seed in range(100):
-            bank.set_schedule(slot, seed, "sigmoid", 1000)
+            bank.set_schedule(slot, seed, "linear", 1 + seed)
             for state in (GERMINATED, TRAINING, GRAFTING):
                 bank.advance(slot, seed, state)
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        bank.tick()
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.020
+    assert bank.tick() == list(range(0, 100_000, 100))  # those whose ramp is one step long
+    expected = np.tile((1 / np.arange(1, 101)).astype(np.float32), 1000)
+    np.testing.assert_array_equal(bank.alphas(), expected)

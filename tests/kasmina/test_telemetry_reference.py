@@ -81,7 +81,7 @@ def call(layer, x):
         return layer.forward(x)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(hosts())
 def test_every_figure_is_that_of_the_values(case):
     layer, batches, planted = case
