@@ -12,6 +12,8 @@ stacked product are measured at some shapes alone (``COMPILED``), which the tabl
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import os
 import time
@@ -40,6 +42,7 @@ from benchmarks.timing import interleaved
 from benchmarks.timing import peak_bytes
 from benchmarks.timing import peak_flops
 from benchmarks.timing import peak_of_temporaries
+from esper import _C
 
 TOKENS = (32, 512, 8192)
 WIDTHS = (64, 768, 4096)
@@ -159,10 +162,14 @@ def measure(shape: Shape, effort: Effort) -> Row:
     )
 
 
+@functools.cache
 def made_by() -> str:
     """What decides about the figures beside the machine; rows of another one are another grid."""
-    allocator = os.environ.get("MALLOC_MMAP_MAX_", "default")
-    return f"torch {torch.__version__}, {esper.build_info().cpu_capability}, heap {allocator}"
+    core = hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()[:8]
+    heap = os.environ.get("MALLOC_MMAP_MAX_", "default")
+    return (
+        f"torch {torch.__version__}, core {core} ({esper.build_info().cpu_capability}), heap {heap}"
+    )
 
 
 def fill(
