@@ -68,6 +68,7 @@ def test_calls_and_writes_are_counted(start_server) -> None:
         assert last["esper_store_copy_seconds_count", (store,)] == 1
         assert last["esper_store_growths_total", (store,)] == 0
     assert after[missing] == 1
+    assert after["esper_calls_running", ()] == 0
     assert after["esper_calls_total", ("OK", f"{service}.BlobService/WriteBlob")] == 3
     assert after["esper_call_seconds_count", (f"{service}.BlobService/WriteBlob",)] == 3
     committed = ("esper_store_writes_total", ("committed", "urza"))
