@@ -13,7 +13,6 @@ A blob that turns out to be damaged is put into quarantine: its bytes are moved 
 DATA_LOSS, and it can be uploaded again.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -41,7 +40,6 @@ from esper.services.urza.leases import Leases
 from esper.services.urza.names import EMPTY_HASH
 from esper.services.urza.names import HASH
 from esper.services.urza.room import Room
-from esper.services.urza.uploads import HashingAside
 from esper.services.urza.uploads import Upload
 
 LOG = logging.getLogger("esper.urza.blobs")
@@ -235,17 +233,17 @@ class BlobStore:
             ):
                 raise self._quarantine(digest, signature)
             file.seek(offset)
-            with contextlib.closing(HashingAside(digest.size_bytes if whole else 0)) as hashing:
-                while offset < end:
-                    chunk = file.read(min(MAX_CHUNK_BYTES, end - offset))
-                    if not chunk:
+            hasher = hashlib.sha256()
+            while offset < end:
+                chunk = file.read(min(MAX_CHUNK_BYTES, end - offset))
+                if not chunk:
+                    raise self._quarantine(digest, signature)
+                offset += len(chunk)
+                if whole:
+                    hasher.update(chunk)
+                    if offset == end and hasher.hexdigest() != digest.hash:
                         raise self._quarantine(digest, signature)
-                    offset += len(chunk)
-                    if whole:
-                        hashing.add(chunk)
-                        if offset == end and hashing.hexdigest() != digest.hash:
-                            raise self._quarantine(digest, signature)
-                    yield chunk
+                yield chunk
 
     def is_sound(self, digest: digest_pb2.Digest) -> bool:
         """Returns whether a stored blob has the bytes that its digest says.

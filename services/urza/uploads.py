@@ -25,9 +25,9 @@ SYNC_BYTES = 8 << 20
 INLINE_BYTES = 64 << 10
 """Blobs up to this size are kept in the row; larger ones are files."""
 HASHED_ASIDE_BYTES = 4 << 20
-"""From this size on a blob is hashed by a thread of its own, beside what is done with it."""
+"""From this size on an upload is hashed by a thread of its own, beside the writing."""
 MAX_UNHASHED = 8
-"""Chunks of one blob that wait to be hashed."""
+"""Chunks of one upload that are written and wait to be hashed."""
 
 
 class Destination(Protocol):
