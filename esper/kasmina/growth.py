@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -95,6 +96,45 @@ class ProbeState:
     last_step: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Features:
+    """The random features of all probes of the same chunks; never written to.
+
+    Attributes:
+        input_XF: Directions in the input; None where no seed reads it.
+        output_GWF: Directions in each chunk.
+        offset_G1F: What is added before the activation.
+        columns: Columns of the output that the chunks hold, padded to equal widths.
+    """
+
+    input_XF: Tensor | None
+    output_GWF: Tensor
+    offset_G1F: Tensor
+    columns: Tensor
+
+
+@lru_cache(maxsize=256)
+def _features(
+    chunks: tuple[tuple[int, int], ...], source_width: int | None, device: torch.device
+) -> _Features:
+    chunk_width = max(end - begin for begin, end in chunks)
+    generator = torch.Generator().manual_seed(_FEATURE_SEED)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    input_XF = None if source_width is None else draw(source_width, NUM_FEATURES)
+    output_GWF = draw(len(chunks), chunk_width, NUM_FEATURES)
+    # Chunks of unequal width are padded by their own last column, which is weighed with 0.
+    columns: list[int] = []
+    for group, (begin, end) in enumerate(chunks):
+        columns += [min(column, end - 1) for column in range(begin, begin + chunk_width)]
+        output_GWF[group, end - begin :] = 0.0
+    num_groups = len(chunks) + (input_XF is not None)
+    offset_G1F = draw(num_groups, 1, NUM_FEATURES)
+    return _Features(input_XF, output_GWF, offset_G1F, torch.tensor(columns, device=device))
+
+
 class GrowthProbe:
     """Accumulates the growth scores of a slot's dormant chunks.
 
@@ -121,24 +161,12 @@ class GrowthProbe:
         self._linear = linear
         self._native = device.type == "cpu"
         self._bounds = [bound for chunk in dormant.values() for bound in chunk]
-        chunk_width = max(end - begin for begin, end in dormant.values())
-        generator = torch.Generator().manual_seed(_FEATURE_SEED)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device)
-
-        self._input_XF: Tensor | None = None
-        if source_width is not None:
-            self._input_XF = draw(source_width, NUM_FEATURES)
-        self._output_GWF = draw(len(dormant), chunk_width, NUM_FEATURES)
-        # Chunks of unequal width are padded by their own last column, which is weighed with 0.
-        columns: list[int] = []
-        for group, (begin, end) in enumerate(dormant.values()):
-            columns += [min(column, end - 1) for column in range(begin, begin + chunk_width)]
-            self._output_GWF[group, end - begin :] = 0.0
-        self._columns = torch.tensor(columns, device=device)
-        num_groups = len(dormant) + (self._input_XF is not None)
-        self._offset_G1F = draw(num_groups, 1, NUM_FEATURES)
+        features = _features(tuple(dormant.values()), source_width, device)
+        self._input_XF = features.input_XF
+        self._output_GWF = features.output_GWF
+        self._offset_G1F = features.offset_G1F
+        self._columns = features.columns
+        num_groups, chunk_width = len(self._offset_G1F), self._output_GWF.shape[1]
         num_basis = NUM_FEATURES * (2 if linear else 1)
         self._gram_GBB = torch.zeros(num_groups, num_basis, num_basis, device=device)
         self._input_DB = torch.zeros(width, num_basis, device=device)

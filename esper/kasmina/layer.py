@@ -68,6 +68,7 @@ class KasminaLayer(nn.Module):
             last; None before.
         bounds: Half-open feature range of each seed's chunk; empty until the width is known.
         grafts: The planted kernels by seed.
+        planted: The same, found faster.
         telemetry: What the slot has shown; None until the width is known.
         drift: Measures how far the host's output moves; None unless a seed's ramp asks for it.
         calls: How often the slot ran.
@@ -87,7 +88,7 @@ class KasminaLayer(nn.Module):
         self.tokens_per_sample: float | None = None
         self.bounds: tuple[tuple[int, int], ...] = ()
         self.grafts = nn.ModuleDict()
-        self._planted: dict[int, Graft] = {}  # the same, found faster
+        self.planted: dict[int, Graft] = {}
         self._interpreted: list[int] = []  # seeds whose kernel is a graph
         self.telemetry: SlotTelemetry | None = None
         self.drift: DriftMeter | None = None
@@ -152,7 +153,7 @@ class KasminaLayer(nn.Module):
 
     def graft(self, seed: int) -> Graft | None:
         """Returns what is planted in a seed."""
-        return self._planted.get(seed)
+        return self.planted.get(seed)
 
     def extra_repr(self) -> str:
         """Says where the slot sits."""
@@ -215,18 +216,18 @@ class KasminaLayer(nn.Module):
 
     def plant(self, seed: int, graft: Graft) -> None:
         """Puts a graft into an empty seed."""
-        self._planted[seed] = graft
+        self.planted[seed] = graft
         if graft.network is not None:
             self._interpreted = sorted([*self._interpreted, seed])
         self.grafts[str(seed)] = graft
         # Parameters come in the order of the seeds, however old each is: whoever sums over them
         # (to clip gradients, say) gets the same sum after a restart.
-        for later in sorted(number for number in self._planted if number > seed):
+        for later in sorted(number for number in self.planted if number > seed):
             self.grafts[str(later)] = self.grafts.pop(str(later))
 
     def remove(self, seed: int) -> None:
         """Drops what is planted in a seed."""
-        del self.grafts[str(seed)], self._planted[seed]
+        del self.grafts[str(seed)], self.planted[seed]
         if seed in self._interpreted:
             self._interpreted.remove(seed)
         if self.telemetry is not None:
@@ -242,7 +243,7 @@ class KasminaLayer(nn.Module):
         Args:
             plan: The plan of the seeds that compute now, as the bank gives it.
         """
-        work, planted, first_row = self._work, self._planted, self._first_row
+        work, planted, first_row = self._work, self.planted, self._first_row
         work.plan = plan
         work.native = [row - first_row for row in plan[_ROW::PLAN_WIDTH]]
         work.grafts = [planted[seed] for seed in work.native]
@@ -454,13 +455,13 @@ class KasminaLayer(nn.Module):
         assert telemetry is not None and step is not None
         if stats is not None:
             telemetry.add_stats(self._work.native, stats)
-        for seed, state in enumerate(self._states):
-            graft = self.graft(seed)
-            if graft is not None and state.computes:
+        for seed, graft in sorted(self.planted.items()):
+            if self._states[seed].computes:
                 telemetry.mark_computed(seed)
                 if self._scalars[self._first_row + seed, 1] != 0:
                     telemetry.watch_weights(seed, graft.parameters())
-        idle = tuple(seed for seed in range(self.num_seeds) if seed not in self._work.native)
+        native = self._work.native
+        idle = tuple(seed for seed in range(self.num_seeds) if not native or seed not in native)
         self._prepare_probe(telemetry, h.device, wanted=result.requires_grad)
         readable = x if self.source_width is not None else None
         observation = telemetry.observe(step, h, readable, idle)

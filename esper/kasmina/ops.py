@@ -345,3 +345,17 @@ def _backward_flops(
                 down * (not kept) + up + (down + up) * trains + (down if down else up) * sends
             )
     return total
+
+
+@register_flop_formula(torch.ops.esper.measure_chunks)
+def _measuring_flops(
+    rows_shape: Sequence[int],
+    step: int,
+    seeds: Sequence[int],
+    bounds: Sequence[int],
+    stats_shape: Sequence[int],
+    out_shape: object = None,
+    **kwargs: object,
+) -> int:
+    widths = sum(bounds[1::2]) - sum(bounds[::2])
+    return 2 * -(-rows_shape[0] // step) * widths

@@ -27,7 +27,7 @@ class RowSample:
     scale: float
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Returns the sampled rows, [n, D].
+        """Returns the sampled rows, [n, D]; on the CPU 16-bit elements become float32.
 
         They may share memory with ``tensor``, where later layers may write in place: use them at
         once.
@@ -36,6 +36,9 @@ class RowSample:
             tensor: [..., D] in any layout.
         """
         tensor = tensor.detach()
+        if tensor.device.type == "cpu":
+            rows_ND: Tensor = torch.ops.esper.take_rows.default(tensor, self.index)
+            return rows_ND
         if self.index is None:
             return tensor.reshape(-1, tensor.shape[-1])
         if tensor.is_contiguous():
@@ -61,9 +64,7 @@ class SampledStep:
             return RowSample(None, 1.0)
         key = (num_rows, tensor.device)
         if key not in self._drawn:
-            generator = torch.Generator().manual_seed(self.number)
-            within = torch.rand(MAX_ROWS, generator=generator, dtype=torch.float64)
-            stretch = num_rows / MAX_ROWS
-            index = ((torch.arange(MAX_ROWS) + within) * stretch).long().clamp_(max=num_rows - 1)
-            self._drawn[key] = RowSample(index.to(tensor.device, non_blocking=True), stretch)
+            index = torch.ops.esper.draw_rows.default(num_rows, MAX_ROWS, self.number)
+            index = index.to(tensor.device, non_blocking=True)
+            self._drawn[key] = RowSample(index, num_rows / MAX_ROWS)
         return self._drawn[key]

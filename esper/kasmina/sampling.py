@@ -6,7 +6,6 @@ from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +21,6 @@ from esper.kasmina.slots import SlotTable
 _LEAST_INTERVAL = 8
 _PLAIN_FORWARDS = 32  # of an epoch before the interval stretches, so that short epochs show enough
 _STRETCH = 4  # then a round ends when the epoch is so many times as long as at its beginning
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +68,7 @@ class Sampler:
 
     def __init__(self, host: nn.Module, slots: SlotTable, enabled: bool) -> None:
         self.enabled = enabled
+        self._names = tuple(slots)
         self._interval = max(_LEAST_INTERVAL, len(slots))  # mostly one slot a step, never more
         self._stretching = True
         self.training_forwards = 0
@@ -124,13 +122,10 @@ class Sampler:
         if self._uncollected_forwards >= self._interval:  # else slots wait for their first turn
             self._uncollected_forwards = 0
 
-    def share(self, num_slots: int) -> float:
-        """Returns the share of the slots that the coming training forward samples.
-
-        Args:
-            num_slots: Number of slots.
-        """
-        return len(self._turn(range(num_slots))) / num_slots if self.enabled else 0.0
+    @property
+    def share(self) -> float:
+        """The share of the slots that the coming training forward samples."""
+        return len(self._turn()) / len(self._names) if self.enabled else 0.0
 
     def forward(
         self,
@@ -155,24 +150,27 @@ class Sampler:
             and torch.is_grad_enabled()
             and torch._C._functorch.peek_interpreter_stack() is None
         )
-        sampled = self._turn(slots) if training and self.enabled else frozenset()
-        step = SampledStep(self.training_forwards)
+        sampled = self._turn() if training and self.enabled else ()
+        number = self.training_forwards
         self.training_forwards += training
         self._uncollected_forwards += training
         record = training and self.order is None
         if not (sampled or record or active or self._unknown):
             return host(*args, **kwargs)
+        step = SampledStep(number)
         num_samples = _num_samples(args, kwargs)
         calls = {name: slots[name].calls for name in active}
         with contextlib.ExitStack() as stack:
             self.sampled_forwards += bool(sampled)
-            for name, layer in slots.items():
+            looked_at = self._names if record else {*sampled, *self._unknown}
+            for name in filter(looked_at.__contains__, self._names):
                 encoder = self._fused.get(name)
                 # A hook would take the fused path from an encoder layer that runs in eval mode.
                 plain = name in active or encoder is None or encoder.training
                 look = name in sampled and plain
                 if look or name in self._unknown or (record and plain):
-                    stack.enter_context(_observed(layer, step if look else None, num_samples))
+                    seen = _observed(slots[name], step if look else None, num_samples)
+                    stack.enter_context(seen)
             if any(name in self._fused for name in (*active, *self._unknown)):
                 stack.enter_context(_fused_path_off())
             if record:
@@ -185,8 +183,8 @@ class Sampler:
                     self._report_missed(slots[name])
         return output
 
-    def _turn(self, slots: Collection[T]) -> frozenset[T]:
-        """Those of the slots that the coming forward samples."""
+    def _turn(self) -> tuple[str, ...]:
+        """Names of the slots that the coming forward samples."""
         length, position = self._interval, self.training_forwards % self._interval
         if self._stretching:  # counted from where the telemetry was collected
             forwards = self._uncollected_forwards
@@ -195,9 +193,9 @@ class Sampler:
             while forwards >= end:
                 position, length = forwards - end, (_STRETCH - 1) * end
                 end += length
-        return frozenset(
-            slot for number, slot in enumerate(slots) if number * length // len(slots) == position
-        )
+        num_slots = len(self._names)  # slot n has its turn at position n * length // num_slots
+        first = -(-position * num_slots // length)
+        return self._names[first : -(-(position + 1) * num_slots // length)]
 
     def _report_missed(self, layer: KasminaLayer) -> None:
         layer.missed_steps += 1

@@ -177,6 +177,17 @@ class SlottedModel(nn.Module):
         del self.host
         return host
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets all gradients; slots without a kernel, mostly all of them, are not looked through.
+
+        Args:
+            set_to_none: Whether gradients become None instead of zeros.
+        """
+        self.host.zero_grad(set_to_none)
+        for layer in self._layers:
+            if layer.planted:
+                layer.zero_grad(set_to_none)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         nn.Module._apply(self, fn, recurse)
         if self._original is not None:
@@ -234,7 +245,7 @@ class SlottedModel(nn.Module):
 
     def occupied_seeds(self) -> list[tuple[str, int]]:
         """Returns (slot, seed) of every seed that holds a kernel, in order."""
-        return [(slot, seed) for slot, seed in self._seeds if self._graft(slot, seed) is not None]
+        return [(layer.name, seed) for layer in self._layers for seed in sorted(layer.planted)]
 
     def host_parameters(self, slot: str) -> list[nn.Parameter]:
         """Returns the parameters of the module that a slot sits on, its children's included."""
@@ -303,7 +314,7 @@ class SlottedModel(nn.Module):
     @property
     def sampled_share(self) -> float:
         """The share of the slots that the coming training forward samples."""
-        return self._sampler.share(len(self.slots))
+        return self._sampler.share
 
     def enable_telemetry(self, enabled: bool) -> None:
         """Turns sampling on or off."""

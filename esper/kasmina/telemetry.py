@@ -184,20 +184,34 @@ class SlotTelemetry:
         if h.numel() == 0:
             return None
         rows = step.rows(h)
-        with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
-            h_ND = rows.take(h)
-            self._add_idle(idle, h_ND)
-            pending = None
-            if self.growth is not None:
-                x_NX = None if x is None else rows.take(x).float()
-                pending = self.growth.observe(h_ND.float(), x_NX, rows)
+        if h.device.type == "cpu":  # native operators know of neither gradients nor autocast
+            pending = self._look(rows, h, x, idle)
+        else:
+            with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+                pending = self._look(rows, h, x, idle)
         return Observation(self, rows, step.number, self.growth, pending)
+
+    def _look(
+        self, rows: RowSample, h: Tensor, x: Tensor | None, idle: tuple[int, ...]
+    ) -> PendingScores | None:
+        h_ND = rows.take(h)
+        self._add_idle(idle, h_ND)
+        if self.growth is None:
+            return None
+        x_NX = None if x is None else rows.take(x).float()
+        return self.growth.observe(h_ND.float(), x_NX, rows)
 
     def _add_idle(self, seeds: tuple[int, ...], h_ND: Tensor) -> None:
         """Measures the chunks of seeds that the operator did not compute."""
         if not seeds:
             return
-        h_ND = h_ND[:: -(-len(h_ND) // _MAX_IDLE_ROWS)]
+        every = -(-len(h_ND) // _MAX_IDLE_ROWS)
+        if h_ND.device.type == "cpu":
+            bounds = [bound for seed in seeds for bound in self._bounds[seed]]
+            stats = torch.from_numpy(self._stats)
+            torch.ops.esper.measure_chunks.default(h_ND, every, seeds, bounds, stats)
+            return
+        h_ND = h_ND[::every]
         zeros = self._idle_params
         if seeds != self._idle or zeros[0].dtype != h_ND.dtype or zeros[0].device != h_ND.device:
             # Seeds whose function is zero: the operator's statistics have one definition.
@@ -228,15 +242,21 @@ class SlotTelemetry:
 
     def add_gradient(self, observation: "Observation", dy: Tensor) -> None:
         """Takes in dL/dy of an observed forward, features last, [..., D]."""
-        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            dy_ND = observation.rows.take(dy).float()
-            squares_D = dy_ND.square().sum(dim=0)
-            if self._gradient_squares_D is not None:
-                squares_D += self._gradient_squares_D
-            self._gradient_squares_D = squares_D
-            self._num_gradient_rows += len(dy_ND)
-            if observation.probe is not None and observation.pending is not None:
-                observation.probe.complete(observation.pending, dy_ND, observation.step)
+        if dy.device.type == "cpu":
+            self._add_gradient(observation, dy)
+        else:
+            with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+                self._add_gradient(observation, dy)
+
+    def _add_gradient(self, observation: "Observation", dy: Tensor) -> None:
+        dy_ND = observation.rows.take(dy).float()
+        squares_D = dy_ND.square().sum(dim=0)
+        if self._gradient_squares_D is not None:
+            squares_D += self._gradient_squares_D
+        self._gradient_squares_D = squares_D
+        self._num_gradient_rows += len(dy_ND)
+        if observation.probe is not None and observation.pending is not None:
+            observation.probe.complete(observation.pending, dy_ND, observation.step)
 
     def watch_weights(self, seed: int, parameters: Iterable[nn.Parameter]) -> None:
         """Measures the parameters' gradients once, as soon as the coming backward has them."""

@@ -377,6 +377,10 @@ class GraftProtocol:
         """
         first = self._optimizers[0]
         optimizer = optimizer if optimizer is not None else first
+        if not (self.live or self._fossils):
+            if optimizer is first:
+                self._model.tick()
+            return
         grafts = [graft.optimizer for graft in self.live.values() if graft.optimizer is not None]
         due = [o for o in (*grafts, *self._fossils.values()) if o.host_optimizer is optimizer]
         if self._ranks.is_shared:

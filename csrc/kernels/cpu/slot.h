@@ -99,6 +99,11 @@ struct SlotKernels {
   // Adds the parameters' gradients, not yet times alpha_bwd, to `accumulator` at job.grads.
   void (*backward)(const SlotJob<T>& job, const SlotTensors<T>& tensors, std::int64_t first,
                    std::int64_t last, T* scratch, T* accumulator);
+  // Telemetry of rows [rows, width] of one chunk, `stride` elements apart, in blocks of `block` rows.
+  ChunkStats (*measure)(const T* h, std::int64_t rows, std::int64_t width, std::int64_t stride,
+                        std::int64_t block);
+  // Sum of the squares of `count` elements; what overflows T is infinite.
+  double (*square_sum)(const T* values, std::int64_t count);
   // [rows, columns] with `stride` elements a row to [columns, to_stride], zeros beyond `rows`. `to_stride` is
   // a whole number of vectors.
   void (*transpose)(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t columns, T* to,
