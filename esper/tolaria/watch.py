@@ -182,7 +182,7 @@ def _gradient(number: int) -> str:
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     dense = [tensor._values() if tensor.is_sparse else tensor for tensor in tensors]
-    if all(tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter) for tensor in dense):
+    if all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.is_floating_point() for t in dense):
         norm: Tensor = torch.ops.esper.total_norm.default(dense)
         return norm
     plain = [tensor for tensor in dense if not hasattr(tensor, "full_tensor")]
