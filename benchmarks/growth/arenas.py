@@ -104,7 +104,7 @@ def width(seed: int) -> Arena:
         graft=DIRECT,
         growth=replace(EARLY, max_slot_growth=4.0),
         budget=BudgetConfig(max_parameters=4850),
-        telemetry_interval=4,
+        telemetry_interval=24,
         evaluation_interval=100,
     )
     return Arena(

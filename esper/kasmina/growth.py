@@ -29,6 +29,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from esper.common.v1 import blueprint_pb2
 from esper.kasmina.rows import RowSample
@@ -402,3 +403,40 @@ def _fake_accumulate(
 
 torch.library.register_fake("esper::growth_basis", _fake_basis)
 torch.library.register_fake("esper::growth_accumulate", _fake_accumulate)
+
+
+# ---------------------------------------------------------------- counting
+
+
+def _widths(bounds: Sequence[int]) -> int:
+    return sum(bounds[1::2]) - sum(bounds[::2])
+
+
+@register_flop_formula(torch.ops.esper.growth_basis)
+def _basis_flops(
+    h_shape: Sequence[int],
+    x_shape: Sequence[int] | None,
+    input_omega_shape: Sequence[int] | None,
+    output_omega_shape: Sequence[int],
+    offset_shape: Sequence[int],
+    bounds: Sequence[int],
+    linear: bool,
+    out_shape: object = None,
+) -> int:
+    read = _widths(bounds) + (0 if x_shape is None else x_shape[1])
+    return 2 * h_shape[0] * read * NUM_FEATURES
+
+
+@register_flop_formula(torch.ops.esper.growth_accumulate)
+def _accumulate_flops(
+    basis_shape: Sequence[int],
+    v_shape: Sequence[int],
+    scale: float,
+    bounds: Sequence[int],
+    reads_input: bool,
+    *shapes: object,
+    out_shape: object = None,
+) -> int:
+    groups, rows, functions = basis_shape
+    wanted = _widths(bounds) + v_shape[1] * reads_input
+    return 2 * rows * functions * (groups * functions + wanted)

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from esper.common.v1 import blueprint_pb2
 from esper.kasmina import wrap
@@ -123,6 +124,23 @@ def test_the_native_sums_are_those_of_torch(linear, input_width):
             assert ours.source == theirs.source
             assert ours.score == pytest.approx(theirs.score, rel=1e-3)
             assert ours.null_score == pytest.approx(theirs.null_score, rel=1e-3)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("input_width", [None, 5])
+def test_native_products_are_counted_as_those_of_torch(linear, input_width):
+    native = GrowthProbe({0: (0, 12), 2: (24, 36)}, 40, input_width, linear, CPU)
+    plain = copy.deepcopy(native)
+    plain._native = False
+    h, dy = torch.randn(30, 40), torch.randn(30, 40)
+    x = None if input_width is None else torch.randn(30, input_width)
+
+    def operations(probe):
+        with FlopCounterMode(display=False) as counter:
+            probe.complete(probe.observe(h, x, ALL), dy, 0)
+        return counter.get_total_flops()
+
+    assert operations(native) == operations(plain) > 0
 
 
 def test_rows_are_sampled_without_bias():
