@@ -161,8 +161,9 @@ class Problem:
 
     @property
     def training_work(self) -> Work:
-        """Two products forward and five backward; h, y, then h, dy, dh."""
-        return Work(14.0 * self.h.numel() * self.rank, 5.0 * 4 * self.h.numel())
+        """Two products forward and four backward; h, y, then h, dy, dh, and the hidden layer twice."""
+        hidden = self.h.shape[0] * len(self.stacked[0]) * self.rank
+        return Work(12.0 * self.h.numel() * self.rank, 4.0 * (5 * self.h.numel() + 2 * hidden))
 
     @property
     def rank(self) -> int:
