@@ -99,7 +99,7 @@ def sizing_table(seed: int) -> Arena:
 def sizing_text(seed: int) -> Arena:
     """Feed-forward blocks of unknown width, in a small language model."""
     base = text(seed)
-    return _sizing(base, "text", (4, 16, 64, 256), steps=600, grown_steps=800)
+    return _sizing(base, "text", (4, 16, 64, 256), steps=600, grown_steps=520)
 
 
 def _hidden_layer(seed: int, task: Task, steps: int, static_rate: float) -> Arena:
