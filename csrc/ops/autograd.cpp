@@ -145,7 +145,7 @@ class SlotFunction : public torch::autograd::Function<SlotFunction> {
     if (std::any_of(need.begin(), need.end(), [](std::int64_t flag) { return flag != 0; })) {
       auto [dh, dx, dparams] = handle<SlotBackward>("esper::slot_backward")
                                    .call(dy, if_defined(h), if_defined(x), params, scalars, plan.values,
-                                         if_defined(hidden), need);
+                                         need, if_defined(hidden));
       if (need[kNeedHost]) result[0] = std::move(dh);
       if (need[kNeedInput]) result[1] = std::move(dx);
       for (std::size_t p = 0; p < params.size(); ++p) {
@@ -172,7 +172,7 @@ TORCH_LIBRARY(esper, m) {
       "bool keep=False) -> (Tensor y, Tensor stats, Tensor hidden)");
   m.def(
       "slot_backward(Tensor dy, Tensor? h, Tensor? x, Tensor[] params, Tensor scalars, int[] plan, "
-      "Tensor? hidden, int[] need) -> (Tensor dh, Tensor dx, Tensor[] dparams)");
+      "int[] need, Tensor? hidden=None) -> (Tensor dh, Tensor dx, Tensor[] dparams)");
 }
 
 TORCH_LIBRARY_IMPL(esper, Autograd, m) {

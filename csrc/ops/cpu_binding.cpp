@@ -311,7 +311,7 @@ Outputs slot_forward_cpu(const at::Tensor& h, const std::optional<at::Tensor>& x
 Gradients slot_backward_cpu(const at::Tensor& dy, const std::optional<at::Tensor>& h,
                             const std::optional<at::Tensor>& x, at::TensorList params,
                             const at::Tensor& scalars, at::IntArrayRef plan,
-                            const std::optional<at::Tensor>& hidden, at::IntArrayRef need) {
+                            at::IntArrayRef need, const std::optional<at::Tensor>& hidden) {
   const auto call = check_slot("dy", dy, x, params, scalars, plan);
   check_backward(call, dy, h, params, hidden, need);
   const auto kept = hidden.value_or(at::Tensor());

@@ -94,7 +94,7 @@ using SlotForward = Outputs(const at::Tensor& h, const std::optional<at::Tensor>
 using SlotBackward = Gradients(const at::Tensor& dy, const std::optional<at::Tensor>& h,
                                const std::optional<at::Tensor>& x, at::TensorList params,
                                const at::Tensor& scalars, at::IntArrayRef plan,
-                               const std::optional<at::Tensor>& hidden, at::IntArrayRef need);
+                               at::IntArrayRef need, const std::optional<at::Tensor>& hidden);
 
 // The arguments of slot_backward's `need`: dh, dx, then one for each tensor of params.
 inline constexpr std::int64_t kNeedHost = 0;

@@ -250,8 +250,8 @@ def _fake_backward(
     params: Sequence[Tensor],
     scalars: Tensor,
     plan: Sequence[int],
-    hidden: Tensor | None,
     need: Sequence[int],
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     _check_devices(
         "dy", dy.device, {"h": h, "x": x, "hidden": hidden, **_numbered(params)}, scalars
@@ -326,8 +326,8 @@ def _backward_flops(
     params: Sequence[Tensor],
     scalars: Tensor,
     plan: Sequence[int],
-    hidden: Tensor | None,
     need: Sequence[int],
+    hidden: Tensor | None = None,
     out_val: object = None,
 ) -> int:
     bounds = [*plan[_FIRST_PARAM::PLAN_WIDTH], len(params)]

@@ -105,7 +105,7 @@ def call_with(change, backward, host=None):
     try:
         if backward:
             need = given.pop("need", [1] * (2 + len(given["params"])))
-            torch.ops.esper.slot_backward(dy, *given.values(), None, need)
+            torch.ops.esper.slot_backward(dy, *given.values(), need)
         else:
             slot_forward(*given.values())
     finally:
@@ -153,8 +153,8 @@ def test_the_backward_operator_refuses_what_forward_does_not_take(change, messag
             params,
             scalars,
             list(PLAN),
-            given.get("hidden"),
             need,
+            given.get("hidden"),
         )
 
 

@@ -41,8 +41,8 @@ def backward(slot: Slot, dy: Tensor, hidden: Tensor | None) -> list[Tensor]:
         slot.params,
         slot.scalars,
         slot.plan,
-        hidden,
         [1] * (2 + len(slot.params)),
+        hidden,
     )
     return [dh, dx, *dparams]
 

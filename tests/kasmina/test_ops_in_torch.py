@@ -107,8 +107,8 @@ def test_opcheck(make, state):
                 params,
                 slot.scalars,
                 slot.plan,
-                kept,
                 need,
+                kept,
             ),
         )
 

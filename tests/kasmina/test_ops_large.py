@@ -56,7 +56,7 @@ def test_a_kept_hidden_layer_of_a_large_seed_is_the_one_that_backward_computes(g
     call = (slot.h, slot.x, slot.params, slot.scalars, slot.plan)
     _, _, hidden = torch.ops.esper.slot_forward.default(*call, False, keep=True)
     runs = [
-        torch.ops.esper.slot_backward.default(torch.ones_like(slot.h), *call, kept, need)
+        torch.ops.esper.slot_backward.default(torch.ones_like(slot.h), *call, need, kept)
         for kept in (hidden, None)
     ]
     for one, other in zip(*([dh, *dparams] for dh, _, dparams in runs), strict=True):
