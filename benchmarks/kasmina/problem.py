@@ -161,7 +161,7 @@ class Problem:
 
     @property
     def training_work(self) -> Work:
-        """Two products forward and four backward; h, y, then h, dy, dh, and the hidden layer twice."""
+        """Two products forward, four backward; h, y, then h, dy, dh; the hidden layer twice."""
         hidden = self.h.shape[0] * len(self.stacked[0]) * self.rank
         return Work(12.0 * self.h.numel() * self.rank, 4.0 * (5 * self.h.numel() + 2 * hidden))
 
