@@ -23,6 +23,7 @@ from esper.services.serving.journal import Call
 from esper.services.serving.journal import CallJournal
 from esper.services.serving.limits import ServerLimits
 from esper.services.serving.logs import FIELDS
+from esper.services.serving.methods import MethodTable
 
 LOG = logging.getLogger("esper.call")
 RETRY_AFTER_S = 0.5
@@ -48,13 +49,13 @@ class GuardedServer:
     look for the handler anew, and wrap the caller's metadata, with every call.
 
     Args:
-        server: Serves the methods.
+        methods: Gets the methods with their guards.
         limits: What the server takes on.
         journal: Takes down the calls that have ended.
     """
 
-    def __init__(self, server: grpc.aio.Server, limits: ServerLimits, journal: CallJournal) -> None:
-        self._server = server
+    def __init__(self, methods: MethodTable, limits: ServerLimits, journal: CallJournal) -> None:
+        self._methods = methods
         self._limits = limits
         self._running = running = _Running()
         self._journal = journal
@@ -71,7 +72,7 @@ class GuardedServer:
         wrapped = {
             name: self._wrap(f"/{service}/{name}", handler) for name, handler in handlers.items()
         }
-        self._server.add_registered_method_handlers(service, wrapped)
+        self._methods.add_registered_method_handlers(service, wrapped)
 
     def _wrap(
         self, method: str, handler: "grpc.RpcMethodHandler[Q, R]"

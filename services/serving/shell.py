@@ -18,6 +18,7 @@ from grpc_health.v1 import health
 from grpc_health.v1 import health_pb2
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection_pb2_grpc
 
 from esper.plane.address import Address
 from esper.plane.v1 import plane_pb2_grpc
@@ -32,6 +33,7 @@ from esper.services.serving.limits import MAX_MESSAGE_BYTES
 from esper.services.serving.limits import ServerLimits
 from esper.services.serving.listening import bind
 from esper.services.serving.listening import refuse_open_network
+from esper.services.serving.methods import MethodTable
 from esper.services.store.limits import StoreLimits
 
 LOG = logging.getLogger("esper.serving")
@@ -150,8 +152,11 @@ async def serve(config: ServerConfig, stopping: asyncio.Event) -> None:
     make_data_dir(config.data_dir)
     journal = CallJournal()
     server = make_server()
-    # Generated code asks for a server's own class, and uses these two methods of it.
-    guarded = cast(grpc.aio.Server, GuardedServer(server, config.limits, journal))
+    methods = MethodTable()
+    server.add_generic_rpc_handlers((methods,))
+    # Generated code asks for a server's own class, and uses two methods of it that these have, too.
+    plain = cast(grpc.aio.Server, methods)
+    guarded = cast(grpc.aio.Server, GuardedServer(methods, config.limits, journal))
     address = bind(server, config.address)
     context = ServiceContext(
         config.data_dir, config.urza or str(address), stopping, config.store_limits
@@ -163,7 +168,7 @@ async def serve(config: ServerConfig, stopping: asyncio.Event) -> None:
         for service in create_services(config.names, context):
             services.append(service)
             service.add_to(guarded)
-        health_servicer = await _add_shell_services(server, guarded, services, config.data_dir)
+        health_servicer = await _add_shell_services(plain, guarded, services, config.data_dir)
         if config.scratch is not None:
             _at_end_of_stdin(orphaned)
             watch = asyncio.create_task(_stop_without_parent(os.getppid(), orphaned, stopping))
@@ -188,7 +193,7 @@ async def serve(config: ServerConfig, stopping: asyncio.Event) -> None:
 
 
 async def _add_shell_services(
-    server: grpc.aio.Server,
+    plain: grpc.aio.Server,
     guarded: grpc.aio.Server,
     services: Sequence[Service],
     data_dir: Path,
@@ -199,9 +204,10 @@ async def _add_shell_services(
     health_servicer = health.aio.HealthServicer()
     for name in ("", *names):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection(
-        (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, plain)
+    shown = (*names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
+        reflection.aio.ReflectionServicer(shown), plain
     )
     return health_servicer
 

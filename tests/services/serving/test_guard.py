@@ -32,6 +32,7 @@ from esper.services.serving.guard import GuardedServer
 from esper.services.serving.journal import CallJournal
 from esper.services.serving.limits import ServerLimits
 from esper.services.serving.logs import FIELDS
+from esper.services.serving.methods import MethodTable
 
 SERVICE = "esper.test.v1.KindService"
 LIMITS = ServerLimits(max_concurrent_rpcs=3, default_deadline_s=0.3)
@@ -102,7 +103,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     async def run() -> None:
         server = grpc.aio.server()
-        guarded = GuardedServer(server, LIMITS, CallJournal())
+        methods = MethodTable()
+        server.add_generic_rpc_handlers((methods,))
+        guarded = GuardedServer(methods, LIMITS, CallJournal())
         guarded.add_registered_method_handlers(SERVICE, handlers)
         server.add_insecure_port(place)
         await server.start()
