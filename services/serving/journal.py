@@ -6,7 +6,10 @@ import time
 from dataclasses import dataclass
 
 import grpc
+from prometheus_client import Counter
+from prometheus_client import Histogram
 
+from esper.services.serving import logs
 from esper.services.serving import metrics
 from esper.services.serving.logs import FIELDS
 
@@ -46,6 +49,9 @@ class CallJournal:
 
     def __init__(self) -> None:
         self._ended: list[Call] = []
+        # Looking these up by their labels takes a quarter of the time of taking a call down.
+        self._counters: dict[tuple[str, grpc.StatusCode], Counter] = {}
+        self._timings: dict[str, Histogram] = {}
 
     def end(self, call: Call) -> None:
         """Notes that a call has ended, to be taken down soon by the running event loop."""
@@ -58,11 +64,24 @@ class CallJournal:
     def write(self) -> None:
         """Takes down what has been noted."""
         ended, self._ended = self._ended, []
-        for call in ended:
-            metrics.CALLS.labels(call.method, call.code.name).inc()
-            metrics.CALL_SECONDS.labels(call.method).observe(call.duration_s)
-            if LOG.isEnabledFor(logging.INFO):
-                LOG.handle(_line(call))
+        with logs.gathered():
+            for call in ended:
+                self._counter(call.method, call.code).inc()
+                self._timing(call.method).observe(call.duration_s)
+                if LOG.isEnabledFor(logging.INFO):
+                    LOG.handle(_line(call))
+
+    def _counter(self, method: str, code: grpc.StatusCode) -> Counter:
+        counter = self._counters.get((method, code))
+        if counter is None:
+            counter = self._counters[method, code] = metrics.CALLS.labels(method, code.name)
+        return counter
+
+    def _timing(self, method: str) -> Histogram:
+        timing = self._timings.get(method)
+        if timing is None:
+            timing = self._timings[method] = metrics.CALL_SECONDS.labels(method)
+        return timing
 
 
 def _line(call: Call) -> logging.LogRecord:

@@ -4,6 +4,10 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from contextlib import contextmanager
+from typing import TextIO
 
 FIELDS = "fields"
 """Name of the `extra` entry that carries the structured fields of a record."""
@@ -43,9 +47,58 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
+class _Lines(logging.StreamHandler[TextIO]):
+    """Writes each line as it comes, or many at once.
+
+    To write gives the interpreter up. Where other threads want it, too, getting it back takes
+    longer than everything else about a line.
+    """
+
+    _held: list[str] | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: D102
+        if self._held is None:
+            super().emit(record)
+            return
+        try:
+            self._held.append(self.format(record) + self.terminator)
+        except Exception:  # told on stderr and no more, as by every handler
+            self.handleError(record)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Keeps the lines of all threads, and writes them at the end."""
+        self.acquire()
+        held: list[str] = []
+        self._held = held
+        self.release()
+        try:
+            yield
+        finally:
+            self.acquire()
+            try:
+                self._held = None
+                self.stream.write("".join(held))
+                self.flush()
+            except (OSError, ValueError):  # stderr is gone: nobody is left to be told
+                pass
+            finally:
+                self.release()
+
+
+@contextmanager
+def gathered() -> Iterator[None]:
+    """Has what is logged inside written at once; for milliseconds, and not to be nested."""
+    with ExitStack() as handlers:
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, _Lines):
+                handlers.enter_context(handler.holding())
+        yield
+
+
 def configure(as_json: bool) -> None:
     """Sends INFO and above of every logger to stderr."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Lines(sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
