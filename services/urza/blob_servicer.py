@@ -22,8 +22,8 @@ from esper.services.urza import validate
 from esper.services.urza.blobs import BlobStore
 from esper.services.urza.in_order import InOrder
 from esper.services.urza.names import check_digest
-from esper.services.urza.uploads import HASHED_ASIDE_BYTES
 from esper.services.urza.uploads import INLINE_BYTES
+from esper.services.urza.uploads import WRITTEN_ASIDE_BYTES
 from esper.services.urza.uploads import Upload
 from esper.urza.framing import UploadChunk
 from esper.urza.framing import decode_upload
@@ -34,8 +34,11 @@ from esper.urza.v1 import blob_pb2_grpc
 T = TypeVar("T")
 
 SERVICE = "esper.urza.v1.BlobService"
-MAX_WAITING = 8
-"""Chunks of one upload that wait for those before to be written; it is read no further then."""
+MAX_WAITING = 2
+"""Chunks of one upload that wait to be hashed or are; it is read no further then. More would only
+be left to be hashed alone once all has come."""
+LOOKED_FOR_BYTES = 8 << 20
+"""How much of an upload comes before it is seen whether another writer was faster."""
 
 _WRITTEN = metrics.TRANSFERRED.labels("written")
 _READ = metrics.TRANSFERRED.labels("read")
@@ -107,8 +110,9 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
         executor: Executor | None,
     ) -> bool:
         """Takes the chunks of an upload, the first of which is here; returns whether it is done."""
-        writing = InOrder(executor, MAX_WAITING if digest.size_bytes >= HASHED_ASIDE_BYTES else 1)
+        writing = InOrder(executor, MAX_WAITING if digest.size_bytes >= WRITTEN_ASIDE_BYTES else 1)
         received = chunk.head.write_offset
+        looked_at = received
         while True:
             received += len(chunk.data)
             _WRITTEN.inc(len(chunk.data))
@@ -119,6 +123,9 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
             if following is None:
                 break
             chunk = following
+            if received - looked_at < LOOKED_FOR_BYTES:
+                continue
+            looked_at = received
             if self._blobs.contains(digest):  # another writer was faster
                 await writing.settle()
                 await _do(executor, upload.drop)
@@ -134,7 +141,7 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
         """Gives what does the work of an upload; None does it at once."""
         if digest.size_bytes <= INLINE_BYTES:  # a hop to a thread costs more than all there is
             yield None
-        elif digest.size_bytes < HASHED_ASIDE_BYTES:
+        elif digest.size_bytes < WRITTEN_ASIDE_BYTES:
             yield self._threads
         else:
             thread = ThreadPoolExecutor(1, "blob")

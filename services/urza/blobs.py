@@ -41,6 +41,7 @@ from esper.services.urza.names import EMPTY_HASH
 from esper.services.urza.names import HASH
 from esper.services.urza.room import Room
 from esper.services.urza.uploads import Upload
+from esper.services.urza.writing import Buffers
 
 LOG = logging.getLogger("esper.urza.blobs")
 
@@ -91,6 +92,7 @@ class BlobStore:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Held while a file is put in place or taken away.
         self._placing = threading.Lock()
+        self._buffers = Buffers()
         self.leases = Leases()
         self.room = Room(self.parked, store.limits, self._all_parked_bytes)
         with store.reading() as snapshot:
@@ -142,7 +144,7 @@ class BlobStore:
             path = self.parked / f"{digest.hash}.{secrets.token_hex(8)}"
             if offset:
                 self._take_over(digest, offset, path)
-            return Upload(self, digest, path)
+            return Upload(self, digest, path, self._buffers)
         except BaseException:
             self.end_upload(digest)
             raise
@@ -232,6 +234,8 @@ class BlobStore:
                 not whole and _file_hash(path, signature) != digest.hash
             ):
                 raise self._quarantine(digest, signature)
+            # What was uploaded past the page cache comes from the disk for the first reader.
+            os.posix_fadvise(file.fileno(), offset, end - offset, os.POSIX_FADV_SEQUENTIAL)
             file.seek(offset)
             hasher = hashlib.sha256()
             while offset < end:

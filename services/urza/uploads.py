@@ -3,12 +3,8 @@
 import contextlib
 import errno
 import hashlib
-import io
-import os
 import threading
-from collections import deque
 from concurrent.futures import Future
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -18,16 +14,14 @@ from esper.services.serving.errors import invalid
 from esper.services.serving.errors import unavailable
 from esper.services.serving.limits import MAX_CHUNK_BYTES
 from esper.services.store.limits import RETRY_AFTER_S
+from esper.services.urza.writing import Buffers
+from esper.services.urza.writing import FileWriting
 from esper.urza.framing import Bytes
 
-SYNC_BYTES = 8 << 20
-"""How much of a file is written before the disk is set to work on it."""
 INLINE_BYTES = 64 << 10
 """Blobs up to this size are kept in the row; larger ones are files."""
-HASHED_ASIDE_BYTES = 4 << 20
-"""From this size on an upload is hashed by a thread of its own, beside the writing."""
-MAX_UNHASHED = 8
-"""Chunks of one upload that are written and wait to be hashed."""
+WRITTEN_ASIDE_BYTES = 4 << 20
+"""From this size on an upload is written by a thread of its own, beside the hashing."""
 
 
 class Destination(Protocol):
@@ -53,27 +47,32 @@ class Upload:
         blobs: Where it will be stored.
         digest: What it must turn out to be.
         path: The file that it writes, with what was uploaded before.
+        buffers: Memory for its writing.
     """
 
-    def __init__(self, blobs: Destination, digest: digest_pb2.Digest, path: Path) -> None:
+    def __init__(
+        self, blobs: Destination, digest: digest_pb2.Digest, path: Path, buffers: Buffers
+    ) -> None:
         self._blobs = blobs
         self._digest = digest
         self._path = path
         # A cancelled call is tidied up while its last chunks may still be on the way in.
         self._lock = threading.Lock()
-        self._hashing = HashingAside(digest.size_bytes)
+        self._hasher = hashlib.sha256()
         self._content = bytearray()
         self._ended = False
-        self._syncing: EarlySync | None = None
         self.size_bytes = 0
         """Number of bytes held so far."""
-        is_small = digest.size_bytes <= INLINE_BYTES
-        self._file = None if is_small else path.open("a+b", buffering=0)
-        if self._file is not None:
-            self._syncing = EarlySync(self._file.fileno())
-            self._file.seek(0)
-            while chunk := self._file.read(MAX_CHUNK_BYTES):
-                self._hashing.add(chunk)
+        self._file: FileWriting | None = None
+        if digest.size_bytes > INLINE_BYTES:
+            self._hash_what_is_held()
+            aside = digest.size_bytes >= WRITTEN_ASIDE_BYTES
+            self._file = FileWriting(path, buffers, aside=aside)
+
+    def _hash_what_is_held(self) -> None:
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb", buffering=0) as file:
+            while chunk := file.read(MAX_CHUNK_BYTES):
+                self._hasher.update(chunk)
                 self.size_bytes += len(chunk)
 
     @property
@@ -100,15 +99,14 @@ class Upload:
             if self.size_bytes + len(data) > self._digest.size_bytes:
                 rule = f"must not go beyond the size of the blob, {self._digest.size_bytes} bytes"
                 raise invalid("data", f"{len(data)} bytes at {offset}", rule)
-            if self._file is None or self._syncing is None:
+            self._hasher.update(data)
+            if self._file is None:
                 self._content += data
             else:
                 try:
-                    _write_all(self._file, data)
-                    self._syncing.note(len(data))
+                    self._file.add(data)
                 except OSError as error:
                     raise _disk_error(error) from error
-            self._hashing.add(data)
             self.size_bytes += len(data)
 
     def finish(self) -> "Future[None]":
@@ -117,11 +115,11 @@ class Upload:
         Raises:
             ServiceError: INVALID_ARGUMENT where the bytes are not what the digest says; they are
                 dropped then. RESOURCE_EXHAUSTED where the disk is full, UNAVAILABLE where it fails;
-                they are dropped, too.
+                they are dropped, too, where it fails to sync.
         """
         with self._lock:
             assert self.complete
-            found = self._hashing.hexdigest()
+            found = self._hasher.hexdigest()
             if found != self._digest.hash:
                 self._drop()
                 raise invalid("digest.hash", self._digest.hash, f"is not that of the data, {found}")
@@ -129,140 +127,54 @@ class Upload:
                 durable = self._blobs.enter_content(self._digest, bytes(self._content))
             else:
                 try:
-                    self._sync_and_close()
+                    self._file.settle()
+                except OSError as error:
+                    raise _disk_error(error) from error
+                try:
+                    self._file.sync()
                     durable = self._blobs.enter_file(self._digest, self._path)
                 except OSError as error:
                     # What a sync that failed has left is unknown, and the next one may wrongly
                     # succeed: nobody goes on from it.
                     self._drop()
                     raise _disk_error(error) from error
+                self._file.close()
             self._ended = True
-            self._hashing.close()
             durable.add_done_callback(lambda _: self._blobs.end_upload(self._digest))
             return durable
 
     def interrupt(self) -> int:
         """Keeps what has come so far for a later writer, and returns how much that is in bytes."""
         with self._lock:
-            if self._file is None or self.size_bytes == 0:
+            if self._ended or self._file is None or self.size_bytes == 0:
                 self._drop()
                 return 0
             try:
-                if not self._file.closed:
-                    self._sync_and_close()
+                held = self._file.sync()
                 self._blobs.park(self._path, self._digest.hash)
-            except OSError:  # a full disk: what cannot be kept is not
+            except OSError:  # what cannot be kept is not
                 self._drop()
                 return 0
+            self._file.close()
             self._end()
-            return self.size_bytes
+            return held
 
     def drop(self) -> None:
         """Forgets what has come."""
         with self._lock:
             self._drop()
 
-    def _sync_and_close(self) -> None:
-        if self._file is not None and self._syncing is not None:
-            self._syncing.end()
-            os.fsync(self._file.fileno())
-            self._file.close()
-
     def _drop(self) -> None:
-        if self._file is not None and self._syncing is not None:
-            with contextlib.suppress(OSError):
-                self._syncing.end()
+        if self._ended:
+            return
+        if self._file is not None:
             self._file.close()
             self._path.unlink(missing_ok=True)
         self._end()
 
     def _end(self) -> None:
-        if not self._ended:
-            self._ended = True
-            self._hashing.close()
-            self._blobs.end_upload(self._digest)
-
-
-class HashingAside:
-    """The SHA-256 of bytes that come in pieces; many of them are hashed beside other work.
-
-    Args:
-        size_bytes: How many there will be.
-    """
-
-    def __init__(self, size_bytes: int) -> None:
-        self._hasher = hashlib.sha256()
-        aside = size_bytes >= HASHED_ASIDE_BYTES
-        self._thread = ThreadPoolExecutor(1, "blob-hash") if aside else None
-        self._coming: deque[Future[None]] = deque()
-
-    def add(self, data: Bytes) -> None:
-        """Takes the next piece; waits where too many are left to be hashed."""
-        if self._thread is None:
-            self._hasher.update(data)
-            return
-        if len(self._coming) == MAX_UNHASHED:
-            self._coming.popleft().result()
-        self._coming.append(self._thread.submit(self._hasher.update, data))
-
-    def hexdigest(self) -> str:
-        """Waits for what has been added, and returns the hash of all of it."""
-        while self._coming:
-            self._coming.popleft().result()
-        return self._hasher.hexdigest()
-
-    def close(self) -> None:
-        """Ends the thread; nothing may be added after that."""
-        if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-class EarlySync:
-    """Has the disk write a file while more of it comes, so that the last sync has little to do.
-
-    Args:
-        handle: The file, open until `end` has returned.
-    """
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-        self._thread: ThreadPoolExecutor | None = None
-        self._last: Future[None] | None = None
-        self._unsynced_bytes = 0
-
-    def note(self, size_bytes: int) -> None:
-        """Tells that so much more has been written.
-
-        Raises:
-            OSError: Where an earlier part could not be made durable: the system says so only once.
-        """
-        self._unsynced_bytes += size_bytes
-        if self._unsynced_bytes < SYNC_BYTES or (self._last is not None and not self._last.done()):
-            return
-        if self._last is not None:
-            self._last.result()
-        self._unsynced_bytes = 0
-        self._thread = self._thread or ThreadPoolExecutor(1, "blob-sync")
-        self._last = self._thread.submit(os.fdatasync, self._handle)
-
-    def end(self) -> None:
-        """Waits for the disk.
-
-        Raises:
-            OSError: As `note` does.
-        """
-        if self._thread is not None:
-            self._thread.shutdown()
-        if self._last is not None:
-            last, self._last = self._last, None
-            last.result()
-
-
-def _write_all(file: io.FileIO, data: Bytes) -> None:
-    """Writes everything: a nearly full disk takes a part first and refuses the rest."""
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
+        self._ended = True
+        self._blobs.end_upload(self._digest)
 
 
 def _disk_error(error: OSError) -> Exception:

@@ -125,7 +125,7 @@ def test_an_upload_that_a_dead_server_left_goes_on(opened: Opened) -> None:
         assert upload is not None
         upload.write(0, data[:length])
         assert upload._file is not None
-        upload._file.flush()
+        upload._file.settle()
     opened.store.close()
     opened.reopen()
     assert opened.blobs.committed(digest) == (MAX_CHUNK_BYTES, False)
