@@ -96,6 +96,7 @@ class MorphableModel(SlottedModel):
         self.kernel_cache = KernelCache(cache_bytes)
         self.observers: list[Callable[[Transition], None]] = []
         self._emptied: dict[tuple[str, int], None] = {}  # seeds on their way back to DORMANT
+        self._resting: int | None = None  # the revision in which a step changes no seed
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         memo[id(self.observers)] = []  # they watch this model, not its copies
@@ -337,11 +338,15 @@ class MorphableModel(SlottedModel):
         Returns:
             (slot, seed) of each seed whose alpha schedule came to its end in this step.
         """
+        if self._resting == self.revision:
+            return []
         self._measure_drift()
         completed = [self._seeds[index] for index in self._bank.tick()]
         for slot, seed in list(self._emptied):
             if self._bank.embargo_remaining(*self._at(slot, seed)) == 0:
                 self._move(slot, seed, SeedLifecycleState.DORMANT, "embargo over")
+        if not (self._emptied or SeedLifecycleState.GRAFTING in self._bank.states()):
+            self._resting = self.revision
         return completed
 
     def restore(

@@ -2,7 +2,9 @@
 
 import contextlib
 import warnings
+from collections.abc import Callable
 from collections.abc import Collection
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from esper.kasmina.slots import SlotTable
 _LEAST_INTERVAL = 8
 _PLAIN_FORWARDS = 32  # of an epoch before the interval stretches, so that short epochs show enough
 _STRETCH = 4  # then a round ends when the epoch is so many times as long as at its beginning
+
+Meter = Callable[[tuple[object, ...], Mapping[str, object], float], None]
+"""Is told of a training forward: its inputs, and the share of the slots that it samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +127,12 @@ class Sampler:
         if self._uncollected_forwards >= self._interval:  # else slots wait for their first turn
             self._uncollected_forwards = 0
 
-    @property
-    def share(self) -> float:
-        """The share of the slots that the coming training forward samples."""
-        return len(self._turn()) / len(self._names) if self.enabled else 0.0
-
     def forward(
         self,
         host: nn.Module,
         slots: SlotTable,
         active: Collection[str],
+        meters: Iterable[Meter],
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
     ) -> object:
@@ -141,16 +142,17 @@ class Sampler:
             host: The user's model.
             slots: Its slots.
             active: Names of the slots with seeds that compute.
+            meters: Told of the forward if it is one in training mode with gradients.
             args: Positional inputs.
             kwargs: Keyword inputs.
         """
+        trains = host.training and torch.is_grad_enabled()
         # Inside functorch transforms tensors have no values to look at.
-        training = (
-            host.training
-            and torch.is_grad_enabled()
-            and torch._C._functorch.peek_interpreter_stack() is None
-        )
+        training = trains and torch._C._functorch.peek_interpreter_stack() is None
         sampled = self._turn() if training and self.enabled else ()
+        if trains:
+            for meter in meters:
+                meter(args, kwargs, len(sampled) / len(self._names))
         number = self.training_forwards
         self.training_forwards += training
         self._uncollected_forwards += training

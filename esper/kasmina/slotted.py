@@ -36,6 +36,7 @@ from esper.kasmina.runtime import check_slots
 from esper.kasmina.runtime import resume_slot
 from esper.kasmina.runtime import resume_telemetry
 from esper.kasmina.runtime import runtime_of
+from esper.kasmina.sampling import Meter
 from esper.kasmina.sampling import Sampler
 from esper.kasmina.sites import Site
 from esper.kasmina.slots import SlotTable
@@ -71,6 +72,8 @@ class SlottedModel(nn.Module):
         host: The user's model.
         slots: The slots by the FQN of their module.
         revision: Grows whenever a seed moves from state to state, or is restored.
+        meters: Called before each training forward with its inputs and the share of the slots that
+            it samples.
     """
 
     host: nn.Module
@@ -94,6 +97,7 @@ class SlottedModel(nn.Module):
         self.host = host
         self.slots = SlotTable(layers)
         self.revision = 0
+        self.meters: list[Meter] = []
         self._original = original
         self._layers = tuple(layers)  # by position; `slots` finds them by name
         self._slot_index = {layer.name: position for position, layer in enumerate(layers)}
@@ -119,7 +123,7 @@ class SlottedModel(nn.Module):
             # are another structure, and that is another graph.
             assert self._structure == self._structure.strip()
             return self.host(*args, **kwargs)
-        return self._sampler.forward(self.host, self.slots, self._active, args, kwargs)
+        return self._sampler.forward(self.host, self.slots, self._active, self.meters, args, kwargs)
 
     def _exported(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Runs the host under torch.export, with the seeds as they are now."""
@@ -152,6 +156,7 @@ class SlottedModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
+        memo[id(self.meters)] = []  # they measure this model, not its copies
         # What a module keeps of its last forward is no leaf, and torch copies leaves alone.
         for module in self.host.modules():
             for value in tree_leaves(vars(module)):
@@ -310,11 +315,6 @@ class SlottedModel(nn.Module):
     def telemetry_enabled(self) -> bool:
         """Whether telemetry is sampled."""
         return self._sampler.enabled
-
-    @property
-    def sampled_share(self) -> float:
-        """The share of the slots that the coming training forward samples."""
-        return self._sampler.share
 
     def enable_telemetry(self, enabled: bool) -> None:
         """Turns sampling on or off."""

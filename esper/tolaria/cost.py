@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from esper.common.sharding import plain_copy
 from esper.kasmina import MorphableModel
@@ -52,8 +53,8 @@ class TrainingCost:
     """Counts what training one model costs.
 
     Args:
-        model: A plain or wrapped model. A forward pre-hook counts the samples of its training
-            forwards.
+        model: A plain or wrapped model. The samples of its training forwards are counted, by a
+            forward pre-hook or a meter.
         loss: Per-sample loss, as in ``Session``.
         batches: Batches like those that are trained on; the first is the sample measured.
 
@@ -73,7 +74,11 @@ class TrainingCost:
         self._pooled = 0.0  # of training, by all ranks
         self._measured: dict[object, _PerSample] = {}
         self._current: tuple[object, _PerSample] | None = None
-        self._hook = model.register_forward_pre_hook(self._count_samples, with_kwargs=True)
+        self._hook: RemovableHandle | None = None
+        if isinstance(model, MorphableModel):
+            model.meters.append(self._count)
+        else:
+            self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "TrainingCost":
         # A copy of the model takes its hook along; it counts nothing there, and copies no data.
@@ -133,15 +138,23 @@ class TrainingCost:
 
     def close(self) -> None:
         """Stops counting."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
+        elif isinstance(self._model, MorphableModel):
+            self._model.meters.remove(self._count)
 
-    def _count_samples(
+    def _before_forward(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         if module is self._model and module.training and torch.is_grad_enabled():
-            costs = self._per_sample()
-            share = module.sampled_share if isinstance(module, MorphableModel) else 0.0
-            self._spent["train"] += _num_samples(args, kwargs) * (costs.step + share * costs.probes)
+            self._count(args, kwargs, 0.0)
+
+    def _count(
+        self, args: tuple[object, ...], kwargs: Mapping[str, object], sampled_share: float
+    ) -> None:
+        costs = self._per_sample()
+        cost = costs.step + sampled_share * costs.probes
+        self._spent["train"] += _num_samples(args, kwargs) * cost
 
     def _per_sample(self) -> _PerSample:
         model = self._model
@@ -193,11 +206,11 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _num_samples(args: tuple[object, ...], kwargs: dict[str, object]) -> int:
+def _num_samples(args: tuple[object, ...], kwargs: Mapping[str, object]) -> int:
     """Size of the batch: the first axis of the first tensor that has one, in containers too."""
     if args and isinstance(args[0], torch.Tensor) and args[0].dim() > 0:
         return len(args[0])  # the usual case, without a walk through containers
-    for value in tree_leaves((args, kwargs)):
+    for value in tree_leaves((args, dict(kwargs))):
         if isinstance(value, torch.Tensor) and value.dim() > 0:
             return len(value)
     return 0

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from esper.common.v1 import lifecycle_pb2
 from esper.common.v1 import signal_pb2
@@ -103,11 +104,12 @@ class Governor:
         self._ranks = ranks
         self._ring = SnapshotRing(config.snapshots, config.max_snapshot_bytes)
         self._sound_drawn = 0  # batches drawn when all was well last
-        self._due = True  # the snapshot that the epoch starts with
+        self._due = False  # the snapshot that the epoch starts with
         self._warned = False
         # Sharded tensors are gathered in a forward, and may be so until the step after it.
         self._sharded = any(hasattr(p, "to_local") for p in parts.model.parameters())
-        self._hook = parts.model.register_forward_pre_hook(self._before_forward)
+        self._hook: RemovableHandle | None = None  # while a snapshot is due
+        self._await_start()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Governor":
         return self  # a copy of the model takes the hook along; nothing is watched there
@@ -119,7 +121,7 @@ class Governor:
 
     def close(self) -> None:
         """Lets go of model and memory."""
-        self._hook.remove()
+        self._started()
         self._ring.clear()
 
     def start_afresh(self, *, epoch: bool) -> None:
@@ -128,7 +130,7 @@ class Governor:
         Args:
             epoch: Whether an epoch begins.
         """
-        self._due = True
+        self._await_start()
         self._watch.forget_figures()  # no checkpoint holds them
         if epoch:
             self.drawn = self._sound_drawn = 0
@@ -152,13 +154,11 @@ class Governor:
         Raises:
             TrainingFault: If it has gone back in vain as often as it may.
         """
-        if not self._is_on:
+        if step % self._config.check_every_steps or not self._is_on:
             return False
         number = self._optimizers.index(optimizer)
-        is_look = step % self._config.check_every_steps == 0
-        if is_look:
-            self._watch.note_gradients(number, optimizer)
-        if number > 0 or not is_look:
+        self._watch.note_gradients(number, optimizer)
+        if number > 0:
             return False
         for graft in self._protocol.live.values():
             parameters = self._model.seed_parameters(*graft.key)
@@ -169,7 +169,7 @@ class Governor:
         """Takes a snapshot of the run after a step where one is due."""
         if self._due:
             self._start()
-        elif self._is_on and step % self._config.snapshot_every_steps == 0:
+        elif step % self._config.snapshot_every_steps == 0 and self._is_on:
             self._take()
 
     def settle(self) -> None:
@@ -238,14 +238,25 @@ class Governor:
         return self._config.enabled and not self.gave_up
 
     def _before_forward(self, module: nn.Module, args: tuple[object, ...]) -> None:
-        if self._due and module is self._model and module.training:
+        if module is self._model and module.training:
             self.before_batch()
+
+    def _await_start(self) -> None:
+        self._due = True
+        if self._hook is None:
+            self._hook = self._model.register_forward_pre_hook(self._before_forward)
+
+    def _started(self) -> None:
+        self._due = False
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _start(self) -> None:
         if self._due and self._is_on:
-            self._due = False
             self._ring.clear()
             self._take(good=True)
+        self._started()
 
     def _take(self, *, good: bool = False) -> None:
         self._watch.note_weights("host's weights", list(self._model.host.parameters()))

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import fields
 from dataclasses import is_dataclass
@@ -28,6 +29,8 @@ from esper.tolaria.randomness import RandomState
 T = TypeVar("T")
 
 _TAG = "$"
+# A RandomState is a copy already, of many numbers.
+_UNCHANGING = frozenset((type(None), bool, int, float, str, bytes, RandomState))
 
 
 class PackingError(ValueError):
@@ -180,23 +183,25 @@ def copied(record: T, keep: Callable[[Tensor], Tensor]) -> T:
 
 
 def _copied(value: object, keep: Callable[[Tensor], Tensor]) -> object:
-    match value:
-        case None | bool() | int() | float() | str() | bytes():
-            return value
-        case Tensor():
-            return keep(value)
-        case RandomState():  # a copy already, of many numbers
-            return value
-    if type(value) is dict:
-        return {key: _copied(item, keep) for key, item in value.items()}
-    if type(value) is list:
-        return [_copied(item, keep) for item in value]
-    if type(value) is tuple:
-        return tuple(_copied(item, keep) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        parts = {part.name: _copied(getattr(value, part.name), keep) for part in fields(value)}
-        return type(value)(**parts)
+    kind = type(value)
+    if kind in _UNCHANGING:
+        return value
+    if isinstance(value, Tensor):
+        return keep(value)
+    if kind is dict:
+        items = cast(dict[object, object], value).items()
+        return {key: _copied(item, keep) for key, item in items}
+    if kind is list or kind is tuple:
+        return kind([_copied(item, keep) for item in cast(Sequence[object], value)])
+    if is_dataclass(kind):
+        parts = {name: _copied(getattr(value, name), keep) for name in _field_names(kind)}
+        return kind(**parts)
     return copy.deepcopy(value)
+
+
+@cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    return tuple(part.name for part in fields(kind))
 
 
 def kept(tensor: Tensor) -> Tensor:

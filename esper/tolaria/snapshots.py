@@ -21,6 +21,7 @@ from esper.tolaria.state import TrainingState
 
 _Layout = tuple[torch.Size, torch.dtype, bool]
 _Buffer = tuple[_Layout, Tensor]
+_PLAIN = (Tensor, nn.Parameter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +111,20 @@ class SnapshotRing:
         """
         self.distrust()
         buffers: list[_Buffer] = []
+        sources: list[Tensor] = []
+        targets: list[Tensor] = []
 
         def keep(tensor: Tensor) -> Tensor:
             layout = (tensor.shape, tensor.dtype, tensor.is_cuda)
-            spare = None if _is_sharded(tensor) else self._free.get(layout)
-            buffer = spare.pop() if spare else self._new_buffer(tensor)
+            if _is_sharded(tensor):
+                buffer = self._new_buffer(tensor).copy_(tensor.detach(), non_blocking=True)
+            else:
+                spare = self._free.get(layout)
+                buffer = spare.pop() if spare else self._new_buffer(tensor)
+                sources.append(tensor)
+                targets.append(buffer)
             buffers.append((layout, buffer))
-            return buffer.copy_(tensor.detach(), non_blocking=True)
+            return buffer
 
         grafts: dict[tuple[str, int], tuple[kernel_pb2.Kernel, dict[str, Tensor]]] = {}
         for slot, seed in model.occupied_seeds():
@@ -134,6 +142,8 @@ class SnapshotRing:
                 drawn,
                 buffers,
             )
+            if sources:  # all in one call, as each has its price
+                torch._foreach_copy_(targets, sources, non_blocking=True)
         self._prune()
         if good:
             self.trust(training.step + 1)
@@ -204,7 +214,7 @@ def host_tensors(host: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "to_local")  # a DTensor, whose module is slow to load
+    return type(tensor) not in _PLAIN and hasattr(tensor, "to_local")  # a DTensor: slow to load
 
 
 def _size(tensor: Tensor) -> int:

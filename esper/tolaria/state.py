@@ -224,7 +224,7 @@ class TrainingParts:
             optimizers=optimizers,
             grafts=self.protocol.state(names),
             runtime=self.model.runtime(),
-            fixed=[name for name, p in self.model.named_parameters() if not p.requires_grad],
+            fixed=[name for p, name in names.items() if not p.requires_grad],
             stateful={name: Opaque(part.state_dict()) for name, part in self.stateful.items()},
             random=randomness.capture(),
             surprise=self.watch.state(),

@@ -37,7 +37,7 @@ class _Look:
 
     step: int
     names: tuple[str, ...]
-    values: Tensor  # [names], on the host; complete once the event has come
+    values: Sequence[Tensor] | Tensor  # on the host; complete once the event has come
     arrived: torch.cuda.Event | None
 
 
@@ -84,15 +84,13 @@ class Watch:
 
     def note_gradients(self, number: int, optimizer: Optimizer) -> None:
         """Takes in the norm of the gradients that an optimizer has just used."""
-        gradients = [
-            parameter.grad.detach()
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        if not gradients:
-            return
-        norm = _norm(gradients)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm: Tensor | None = torch.ops.esper.gradient_norm.default(parameters)
+        if norm is None:  # none, or not plain ones on the CPU
+            gradients = [p.grad.detach() for p in parameters if p.grad is not None]
+            if not gradients:
+                return
+            norm = _norm(gradients)
         overflow = getattr(optimizer, "found_inf", None)  # a scaler's, for a fused optimizer
         if isinstance(overflow, Tensor):
             norm = norm.where(overflow.to(norm.device) == 0, 0.0)
@@ -141,12 +139,13 @@ class Watch:
             usual.resume(state.get(name, SurpriseState()))
 
     def _send(self, step: int) -> None:
-        device = next(iter(self._figures.values())).device
-        values = torch.stack([value.to(device) for value in self._figures.values()])
+        values: Sequence[Tensor] | Tensor = tuple(self._figures.values())
+        device = values[0].device
         arrived = None
         if device.type == "cuda":
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
+            sent = torch.stack([value.to(device) for value in values])
+            host = torch.empty(sent.shape, dtype=sent.dtype, pin_memory=True)
+            values = host.copy_(sent, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(device))
         self._looks.append(_Look(step, tuple(self._figures), values, arrived))
@@ -159,7 +158,7 @@ class Watch:
             step = look.step
             if look.arrived is not None:
                 look.arrived.synchronize()
-            figures = dict(zip(look.names, look.values.tolist(), strict=True))
+            figures = dict(zip(look.names, map(float, look.values), strict=True))
             finding = self._find(figures)
             if finding is not None:
                 return step, finding

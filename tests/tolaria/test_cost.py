@@ -164,13 +164,22 @@ def test_samples_are_counted_in_any_form_of_input() -> None:
     assert cost.total == round(7 * cost.step_flops_per_sample()) > 0
 
 
-def test_a_copy_of_the_model_counts_nothing_and_copies_no_data(task: tasks.Task) -> None:
-    model = wrapped(task)
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_copy_of_the_model_counts_nothing_and_copies_no_data(
+    task: tasks.Task, grows: bool
+) -> None:
+    model = wrapped(task) if grows else task.host()
     cost = TrainingCost(model, task.loss, task.held_out_batches())
     copied = copy.deepcopy(model)
     assert all(hook.__self__ is cost for hook in copied._forward_pre_hooks.values())
     train(copied, task, steps=2)
     assert cost.total == 0
+    train(model, task, steps=1)
+    spent = cost.total
+    assert spent > 0
+    cost.close()
+    train(model, task, steps=1)
+    assert cost.total == spent
 
 
 def test_no_held_out_batch_is_refused(task: tasks.Task) -> None:
