@@ -21,8 +21,10 @@ talks to the plane and writes the files. ``DistributedDataParallel`` or ``fully_
 caring for the host; what grows is whole in every process, and its gradients are averaged here.
 """
 
+import atexit
 import contextlib
 import logging
+import weakref
 from collections.abc import Collection
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -86,6 +88,8 @@ T = TypeVar("T")
 
 class Session:
     """Grows one model while the user trains it. Use as a context manager or call ``close``.
+
+    A session that is still open when the interpreter ends is closed then.
 
     Args:
         model: The wrapped model.
@@ -201,6 +205,7 @@ class Session:
         self._link = self._chronicle.link = self._open_link(plane, resume, replay)
         if resume is not None or self._protocol.live:  # the plane may be one with an empty library
             self._link.compile(signatures(model))
+        atexit.register(_close_forgotten, weakref.ref(self))
 
     def __enter__(self) -> "Session":
         if self._closed:
@@ -480,6 +485,12 @@ class Session:
         refusal = self._decisions.try_to(advice, epoch=self._clock.epoch, steps_left=steps_left)
         if refusal is not None:
             self.history.refusals.append(refusal)
+
+
+def _close_forgotten(session: "weakref.ref[Session]") -> None:
+    found = session()
+    if found is not None:
+        found.close()
 
 
 session = Session

@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -208,6 +210,44 @@ def test_a_closed_session_lets_go_of_the_loop(plane: str) -> None:
     assert (len(session.history.events), session.cost.total) == (events, spent)
     with pytest.raises(ValueError, match="closed"):
         session.epoch_end()
+
+
+FORGETFUL = """
+import sys
+import torch
+import esper
+from esper.tolaria import tasks
+from esper.tolaria.trainer import train_epoch
+
+task = tasks.get("digits")
+model = esper.wrap(task.host(0), target_layers=["net"], seeds_per_layer=2)
+model(task.train.inputs[:2])
+model.germinate("net", 0, "widen", rank=4)
+optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+session = esper.session(
+    model, optimizer, epochs=9, held_out=task.held_out_batches(), loss=task.loss, plane=sys.argv[1]
+)
+train_epoch(model, optimizer, task.train_batches(0, 0), task.loss)
+print(session.run)
+"""
+
+
+def test_a_session_that_was_forgotten_ends_with_the_interpreter(plane: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORGETFUL, plane], capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    name = f"runs/{done.stdout.strip()}"
+    with connect(plane) as client:
+        last = client.urza.runs.verify_run(name).num_events - 1
+        with client.urza.runs.watch_run(name, last) as events:
+            move = event_pb2.LifecycleEvent()
+            assert next(events).body.Unpack(move)
+    assert (move.slot, move.seed, move.to) == (
+        "net",
+        0,
+        "CANCELLED",
+    ), "as the close of a session does"
 
 
 def test_bad_arguments_are_refused_by_name() -> None:

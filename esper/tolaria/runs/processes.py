@@ -1,5 +1,6 @@
 """A run in several processes, as ``torchrun`` starts them."""
 
+import gc
 import os
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -19,6 +20,11 @@ def joined() -> Iterator[None]:
     They train on the CPU, so they talk by gloo. What they tell each other of where they listen goes
     under the number of the restart: torchrun (2.13) keeps its store when it restarts, and a
     process that is early would find the addresses of those that are gone.
+
+    At the end the groups are not only destroyed but gone, with their threads: a thread of gloo that
+    lets go of a message's tensors takes the interpreter's lock, and before Python 3.14 an
+    interpreter that is being taken down ends such a thread, which aborts the process ("terminate
+    called without an active exception"). ``DistributedDataParallel`` holds its group in a cycle.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -31,6 +37,7 @@ def joined() -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+        gc.collect()
 
 
 def place() -> tuple[int, int]:
