@@ -224,7 +224,7 @@ def ninja_text(output: Path) -> str:
     ]
     link_extra = f" {SANITIZERS}" if SANITIZE else ""
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-    libraries += ["-lc10", "-ltorch_cpu", "-ltorch"]
+    libraries += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
     sources = sorted((ROOT / "csrc").rglob("*.cpp"))
     lines = [
         "ninja_required_version = 1.5",

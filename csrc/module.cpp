@@ -1,13 +1,18 @@
 // The Python face of esper._C: build facts, lifecycle, seed bank and telemetry merge. Importing it also
 // registers the torch operators of csrc/ops.
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
 
 #include "build_facts.h"
 #include "kernels/cpu/capability.h"
 #include "kernels/stats.h"
 #include "ops/plan.h"
+#include "ops/program.h"
 #include "ops/recycled.h"
 #include "seedbank/seed_bank.h"
 
@@ -167,6 +172,47 @@ void bind_seed_bank(py::module_& m) {
           py::arg("memo"));
 }
 
+// The parameters of modules, each given with their names, in one list. They are looked up in each call.
+py::list collect_parameters(const py::list& owners) {
+  static const auto* const attribute = new py::str("_parameters");
+  py::list tensors;
+  for (const py::handle owner : owners) {
+    const auto pair = py::reinterpret_borrow<py::tuple>(owner);
+    const py::dict parameters = pair[0].attr(*attribute);
+    for (const py::handle name : py::reinterpret_borrow<py::tuple>(pair[1])) {
+      PyObject* tensor = PyDict_GetItemWithError(parameters.ptr(), name.ptr());
+      if (tensor == nullptr) throw py::error_already_set();
+      tensors.append(py::handle(tensor));
+    }
+  }
+  return tensors;
+}
+
+// None where the operator has to be called.
+py::object run_program(const esper::SlotProgram& program, py::handle h, py::handle x, const py::list& params,
+                       py::handle scalars, bool telemetry) {
+  const auto is_plain = [](py::handle object) { return THPVariable_CheckExact(object.ptr()); };
+  if (at::impl::torch_function_mode_enabled() || !is_plain(h) || !(x.is_none() || is_plain(x)) ||
+      !is_plain(scalars) || !std::all_of(params.begin(), params.end(), is_plain)) {
+    return py::none();
+  }
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(params.size());
+  for (const py::handle tensor : params) tensors.push_back(THPVariable_Unpack(tensor.ptr()));
+  const auto input = x.is_none() ? std::nullopt : std::optional(THPVariable_Unpack(x.ptr()));
+  std::optional<std::pair<at::Tensor, at::Tensor>> result;
+  try {
+    const py::gil_scoped_release release;
+    result = program.run(THPVariable_Unpack(h.ptr()), input, std::move(tensors), THPVariable_Unpack(scalars.ptr()),
+                         telemetry);
+  } catch (const c10::ValueError& error) {
+    throw py::value_error(error.what_without_backtrace());
+  }
+  if (!result.has_value()) return py::none();
+  return py::make_tuple(py::reinterpret_steal<py::object>(THPVariable_Wrap(result->first)),
+                        py::reinterpret_steal<py::object>(THPVariable_Wrap(result->second)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -188,6 +234,14 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("from_state"), py::arg("to_state"));
   bind_seed_bank(m);
+  py::class_<esper::SlotProgram>(m, "SlotProgram")
+      .def(py::init<std::vector<std::int64_t>>(), py::arg("plan"))
+      .def("run", &run_program, py::arg("h"), py::arg("x"), py::arg("params"), py::arg("scalars"),
+           py::arg("telemetry") = false)
+      .def(
+          "__deepcopy__", [](const esper::SlotProgram& p, const py::dict&) { return esper::SlotProgram(p); },
+          py::arg("memo"));
+  m.def("collect_parameters", &collect_parameters, py::arg("owners"));
 
   m.attr("STATS_COLUMNS") = py::tuple(py::cast(esper::kStatsColumns));
   m.attr("PLAN_FIELDS") = py::tuple(py::cast(esper::kPlanFields));

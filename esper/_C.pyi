@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+from torch import nn
 
 TORCH_VERSION: str
 TORCH_MARKER: str
@@ -17,6 +19,19 @@ def cpu_capability() -> str: ...
 def legal_move(from_state: int, to_state: int) -> bool: ...
 def release_memory() -> None: ...
 def merge_stats(acc: NDArray[np.float64], other: NDArray[np.float64]) -> None: ...
+
+def collect_parameters(owners: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> list[Tensor]: ...
+
+class SlotProgram:
+    def __init__(self, plan: Sequence[int]) -> None: ...
+    def run(
+        self,
+        h: Tensor,
+        x: Tensor | None,
+        params: list[Tensor],
+        scalars: Tensor,
+        telemetry: bool = False,
+    ) -> tuple[Tensor, Tensor] | None: ...
 
 class SeedBank:
     def __init__(self, seeds_per_slot: list[int], embargo_steps: int = 0) -> None: ...

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from benchmarks.timing import Work
+from esper import _C
 from esper.kasmina.ops import SeedPlan
-from esper.kasmina.ops import slot_forward
 
 ALPHA = 0.7
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class Problem:
         dy: Gradient of the result, [N, D].
         stacked: A [S, d, r], a [S, 1, r], B [S, r, d], b [S, 1, d].
         single: The same as a flat list of four tensors per seed.
-        plan: Plan of the native operator.
+        program: The native core's plan, as a slot makes it when a seed moves.
         scalars: alpha_fwd, alpha_bwd, gamma, [S, 3].
     """
 
@@ -37,7 +37,7 @@ class Problem:
     dy: Tensor
     stacked: list[Tensor]
     single: list[Tensor]
-    plan: list[int]
+    program: _C.SlotProgram
     scalars: Tensor
 
     @classmethod
@@ -81,13 +81,15 @@ class Problem:
             dy=torch.randn(tokens, seeds * chunk, generator=generator),
             stacked=stacked,
             single=single,
-            plan=plan,
+            program=_C.SlotProgram(plan),
             scalars=torch.full((seeds, 3), ALPHA),
         )
 
     def ours(self, telemetry: bool = False) -> Tensor:
-        """The native operator."""
-        return slot_forward(self.h, None, self.single, self.scalars, self.plan, telemetry)[0]
+        """The native core, called as a slot calls it."""
+        result = self.program.run(self.h, None, self.single, self.scalars, telemetry)
+        assert result is not None
+        return result[0]
 
     def loop(self) -> Tensor:
         """One seed after the other."""

@@ -12,6 +12,7 @@
 #include "kernels/cpu/memory.h"
 #include "kernels/cpu/pack.h"
 #include "kernels/cpu/slot.h"
+#include "ops/cpu.h"
 #include "ops/large.h"
 #include "ops/slot.h"
 #include "ops/spatial.h"
@@ -59,19 +60,26 @@ Division divide(const SlotCall& call) {
           call.tokens};
 }
 
-// The parameters in the type of the kernels, and what keeps them alive.
+// The parameters in the type of the kernels: the caller's own where they are that already.
 template <class T>
 struct Operands {
-  std::vector<at::Tensor> owned;
+  std::vector<at::Tensor> converted;
+  at::TensorList params;
   std::vector<SeedTensors<const T>> tensors;
 
-  Operands(const SlotCall& call, at::TensorList params) {
-    owned.reserve(params.size());
-    for (const auto& tensor : params) owned.push_back(as_operand(tensor, call.compute_type));
-    for (const auto& seed : call.seeds) {
-      auto& to = tensors.emplace_back();
-      each_param<const T>(seed, [&](auto member, std::size_t index, std::int64_t, std::int64_t) {
-        to.*member = owned[index].template const_data_ptr<T>();
+  Operands(const SlotCall& call, at::TensorList given) : params(given) {
+    const auto fits = [&call](const at::Tensor& tensor) {
+      return tensor.scalar_type() == call.compute_type && tensor.is_contiguous();
+    };
+    if (!std::all_of(given.begin(), given.end(), fits)) {
+      converted.reserve(given.size());
+      for (const auto& tensor : given) converted.push_back(as_operand(tensor, call.compute_type));
+      params = converted;
+    }
+    tensors.resize(call.seeds.size());
+    for (std::size_t i = 0; i < call.seeds.size(); ++i) {
+      each_param<const T>(call.seeds[i], [&](auto member, std::size_t index, std::int64_t, std::int64_t) {
+        tensors[i].*member = params[index].template const_data_ptr<T>();
       });
     }
   }
@@ -83,6 +91,7 @@ cpu::SlotJob<T> start_job(const SlotCall& call) {
   job.tokens = call.tokens;
   job.width = call.width;
   job.input_width = call.input_width;
+  job.seeds.reserve(call.seeds.size());
   for (const auto& seed : call.seeds) {
     auto& packed = job.seeds.emplace_back();
     packed.shape = seed.shape;
@@ -205,7 +214,7 @@ Outputs forward(const SlotCall& call, const at::Tensor& h, const std::optional<a
       }
     }
   }
-  forward_large(call, h, x, operands.owned, y.tensor, hidden, rows);
+  forward_large(call, h, x, operands.params, y.tensor, hidden, rows);
   return {y.tensor, std::move(stats), keep ? hidden : at::empty({0}, in_type)};
 }
 
@@ -287,19 +296,21 @@ Gradients backward(const SlotCall& call, const at::Tensor& dy, const std::option
                 static_cast<T*>(dparams[index].mutable_data_ptr()));
     });
   }
-  backward_large(call, dy, h, x, operands.owned, hidden, need, dh.tensor, dx.tensor, dparams);
+  backward_large(call, dy, h, x, operands.params, hidden, need, dh.tensor, dx.tensor, dparams);
   for (std::size_t p = 0; p < params.size(); ++p) {
-    const bool needed = need[kNeedParams + p] != 0;
-    if (!dparams[p].defined()) dparams[p] = at::zeros(needed ? params[p].sizes() : at::IntArrayRef{0}, params[p].options());
-    dparams[p] = dparams[p].to(params[p].scalar_type());
+    if (need[kNeedParams + p] == 0) continue;
+    if (!dparams[p].defined()) dparams[p] = at::zeros(params[p].sizes(), params[p].options());
+    const auto type = params[p].scalar_type();
+    if (dparams[p].scalar_type() != type) dparams[p] = dparams[p].to(type);
   }
   const auto absent = [&] { return at::empty({0}, dy.options()); };
   return {need_dh ? dh.tensor : absent(), need_dx ? dx.tensor.to(x->scalar_type()) : absent(), std::move(dparams)};
 }
 
-Outputs slot_forward_cpu(const at::Tensor& h, const std::optional<at::Tensor>& x, at::TensorList params,
-                         const at::Tensor& scalars, at::IntArrayRef plan, bool telemetry, bool keep) {
-  const auto call = check_slot("h", h, x, params, scalars, plan);
+}  // namespace
+
+Outputs forward_on_cpu(const SlotCall& call, const at::Tensor& h, const std::optional<at::Tensor>& x,
+                       at::TensorList params, bool telemetry, bool keep) {
   keep &= call.hidden_width > 0;
   const auto run = [&] {
     return call.compute_type == at::kDouble ? forward<double>(call, h, x, params, telemetry, keep)
@@ -308,18 +319,35 @@ Outputs slot_forward_cpu(const at::Tensor& h, const std::optional<at::Tensor>& x
   return any_spatial(call) ? spatial_forward(call, h, x, params, telemetry, run) : run();
 }
 
+Gradients backward_on_cpu(const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
+                          const std::optional<at::Tensor>& x, at::TensorList params, const at::Tensor& hidden,
+                          at::IntArrayRef need) {
+  const auto run = [&] {
+    return call.compute_type == at::kDouble ? backward<double>(call, dy, h, x, params, hidden, need)
+                                            : backward<float>(call, dy, h, x, params, hidden, need);
+  };
+  return any_spatial(call) ? spatial_backward(call, dy, h, x, params, need, run) : run();
+}
+
+namespace {
+
+Outputs slot_forward_cpu(const at::Tensor& h, const std::optional<at::Tensor>& x, at::TensorList params,
+                         const at::Tensor& scalars, at::IntArrayRef plan, bool telemetry, bool keep) {
+  return forward_on_cpu(check_slot("h", h, x, params, scalars, plan), h, x, params, telemetry, keep);
+}
+
 Gradients slot_backward_cpu(const at::Tensor& dy, const std::optional<at::Tensor>& h,
                             const std::optional<at::Tensor>& x, at::TensorList params,
                             const at::Tensor& scalars, at::IntArrayRef plan,
                             at::IntArrayRef need, const std::optional<at::Tensor>& hidden) {
   const auto call = check_slot("dy", dy, x, params, scalars, plan);
   check_backward(call, dy, h, params, hidden, need);
-  const auto kept = hidden.value_or(at::Tensor());
-  const auto run = [&] {
-    return call.compute_type == at::kDouble ? backward<double>(call, dy, h, x, params, kept, need)
-                                            : backward<float>(call, dy, h, x, params, kept, need);
-  };
-  return any_spatial(call) ? spatial_backward(call, dy, h, x, params, need, run) : run();
+  auto gradients = backward_on_cpu(call, dy, h, x, params, hidden.value_or(at::Tensor()), need);
+  auto& dparams = std::get<2>(gradients);
+  for (std::size_t p = 0; p < params.size(); ++p) {  // an operator returns tensors only
+    if (!dparams[p].defined()) dparams[p] = at::empty({0}, params[p].options());
+  }
+  return gradients;
 }
 
 }  // namespace

@@ -246,7 +246,9 @@ class KasminaLayer(nn.Module):
         work, planted, first_row = self._work, self.planted, self._first_row
         work.plan = plan
         work.native = [row - first_row for row in plan[_ROW::PLAN_WIDTH]]
-        work.grafts = [planted[seed] for seed in work.native]
+        work.program = _C.SlotProgram(plan)
+        grafts = [planted[seed] for seed in work.native]
+        work.owners = [(graft, graft.prepared.parameter_names) for graft in grafts]
         work.graphs = [seed for seed in self._interpreted if self._states[seed].computes]
         work.reads_input = any(plan[_SOURCE::PLAN_WIDTH]) or any(
             planted[seed].reads_input for seed in work.graphs
@@ -393,20 +395,28 @@ class KasminaLayer(nn.Module):
                 "but this call has no floating-point input there with the tokens of the output"
             )
         if self._work.native:
-            params: list[Tensor] = []
-            for graft in self._work.grafts:
-                # Looked up in each call: functional_call and sharding replace the tensors, and
-                # torch.export the dictionary that holds them.
-                for name in graft.prepared.parameter_names:
-                    tensor = graft._parameters[name]
-                    assert tensor is not None
-                    fits = tensor.dtype is torch.float32 or tensor.dtype is h.dtype
-                    params.append(tensor if fits else tensor.to(h.dtype))
-            source = x if self._work.reads_input else None
-            y, stats = slot_forward(h, source, params, self._scalars, self._work.plan, measure)
+            y, stats = self._run_native(h, x if self._work.reads_input else None, measure)
         for seed in self._work.graphs:
             y = self._run_graph(seed, y, h, x, measure)
         return y, stats
+
+    def _run_native(self, h: Tensor, x: Tensor | None, measure: bool) -> tuple[Tensor, Tensor]:
+        # Parameters are looked up in each call: functional_call and sharding replace the tensors,
+        # and torch.export the dictionary that holds them.
+        work = self._work
+        if not torch.compiler.is_compiling():
+            params = _C.collect_parameters(work.owners)
+            result = work.program.run(h, x, params, self._scalars, measure)
+            if result is not None:
+                return result
+        params = []
+        for graft, names in work.owners:
+            for name in names:
+                tensor = graft._parameters[name]
+                assert tensor is not None
+                fits = tensor.dtype is torch.float32 or tensor.dtype is h.dtype
+                params.append(tensor if fits else tensor.to(h.dtype))
+        return slot_forward(h, x, params, self._scalars, work.plan, measure)
 
     def _networks(self) -> list[ReferenceModule]:
         """The seeds that compute in the interpreter."""
