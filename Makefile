@@ -39,7 +39,7 @@ test: setup
 # machine has: the package as it is, with another native core. Leaks are Python's and torch's own.
 SANITIZED := build/sanitize/lib
 KERNEL_TESTS := test_ops.py test_ops_containment.py test_ops_large.py test_ops_layouts.py test_ops_telemetry.py test_families.py \
-  test_growth.py test_sampled_rows.py test_seed_bank.py test_telemetry.py
+  test_growth.py test_program.py test_sampled_rows.py test_seed_bank.py test_telemetry.py
 sanitize: setup
 	ESPER_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED)
 	for entry in esper/*; do case $$entry in *.so) ;; *) ln -sfn "$(CURDIR)/$$entry" $(SANITIZED)/esper/;; esac; done

@@ -1,4 +1,4 @@
-// The Python face of esper._C: build facts, lifecycle, seed bank and telemetry merge. Importing it also
+// The Python face of esper._C: build facts, lifecycle, seed bank, slot programs and telemetry merge. Importing it also
 // registers the torch operators of csrc/ops.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/numpy.h>
@@ -177,20 +177,16 @@ py::list collect_parameters(const py::list& owners) {
   static const auto* const attribute = new py::str("_parameters");
   py::list tensors;
   for (const py::handle owner : owners) {
-    const auto pair = py::reinterpret_borrow<py::tuple>(owner);
+    const auto pair = owner.cast<py::tuple>();
     const py::dict parameters = pair[0].attr(*attribute);
-    for (const py::handle name : py::reinterpret_borrow<py::tuple>(pair[1])) {
-      PyObject* tensor = PyDict_GetItemWithError(parameters.ptr(), name.ptr());
-      if (tensor == nullptr) throw py::error_already_set();
-      tensors.append(py::handle(tensor));
-    }
+    for (const py::handle name : pair[1].cast<py::tuple>()) tensors.append(py::object(parameters[name]));
   }
   return tensors;
 }
 
 // None where the operator has to be called.
 py::object run_program(const esper::SlotProgram& program, py::handle h, py::handle x, const py::list& params,
-                       py::handle scalars, bool telemetry) {
+                       py::handle scalars, bool telemetry, bool direct) {
   const auto is_plain = [](py::handle object) { return THPVariable_CheckExact(object.ptr()); };
   if (at::impl::torch_function_mode_enabled() || !is_plain(h) || !(x.is_none() || is_plain(x)) ||
       !is_plain(scalars) || !std::all_of(params.begin(), params.end(), is_plain)) {
@@ -204,7 +200,7 @@ py::object run_program(const esper::SlotProgram& program, py::handle h, py::hand
   try {
     const py::gil_scoped_release release;
     result = program.run(THPVariable_Unpack(h.ptr()), input, std::move(tensors), THPVariable_Unpack(scalars.ptr()),
-                         telemetry);
+                         telemetry, direct);
   } catch (const c10::ValueError& error) {
     throw py::value_error(error.what_without_backtrace());
   }
@@ -237,7 +233,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<esper::SlotProgram>(m, "SlotProgram")
       .def(py::init<std::vector<std::int64_t>>(), py::arg("plan"))
       .def("run", &run_program, py::arg("h"), py::arg("x"), py::arg("params"), py::arg("scalars"),
-           py::arg("telemetry") = false)
+           py::arg("telemetry") = false, py::arg("direct") = false)
       .def(
           "__deepcopy__", [](const esper::SlotProgram& p, const py::dict&) { return esper::SlotProgram(p); },
           py::arg("memo"));

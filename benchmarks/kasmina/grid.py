@@ -2,6 +2,7 @@
 
 Every combination of 1 to 256 seeds, ranks 4 to 64, 32 to 8192 tokens and 64 to 4096 features, and
 one shape that stands for them: forward, and forward with backward, each with and without telemetry,
+and training with the seeds' gradients accumulated by the core itself (``direct_gradients``),
 interleaved with all alternatives in one run, and the memory that they take. Times are medians of
 processor time on one thread.
 
@@ -60,7 +61,7 @@ COMPILED = (
 MAX_TEMPORARIES = 2 * 2**30  # bytes
 LEAST_ROUNDS, WARM_UP = 3, 1
 LEAST_ROUNDS_OF_LARGE, LARGE = 2, 2**29  # bytes of temporaries
-BUDGET_S = 0.5  # of rounds beyond the least, for each of the four groups of a shape
+BUDGET_S = 0.5  # of rounds beyond the least, for each of the groups of a shape
 
 
 def temporaries(shape: Shape) -> int:
@@ -125,6 +126,9 @@ def measure(shape: Shape, effort: Effort) -> Row:
     def with_telemetry() -> torch.Tensor:
         return problem.ours(telemetry=True)
 
+    def direct() -> torch.Tensor:
+        return problem.ours(direct=True)
+
     def cell(
         ours: Callable[[], object], others: dict[str, Callable[[], object]], least_s: float
     ) -> Cell:
@@ -150,6 +154,10 @@ def measure(shape: Shape, effort: Effort) -> Row:
     trained = {name: problem.trained(first_of(call)) for name, call in measured.items()}
     groups["forward and backward with telemetry"] = cell(
         problem.trained(with_telemetry), dict(trained), training.least_s()
+    )
+    trained = {name: problem.trained(call) for name, call in plain.items()}
+    groups["forward and backward, direct gradients"] = cell(
+        problem.trained(direct), dict(trained), training.least_s()
     )
     memory = {"ours": problem.ours, **problem.forwards()}
     return Row(

@@ -24,8 +24,9 @@ COLOURS = {
 
 def draw_map(rows: Sequence[Row], figure: Figure) -> None:
     """Draws the ratio of the best alternative, tokens and width down, seeds and rank across."""
-    figure.set_size_inches(15, 9)
-    axes = figure.subplots(2, 2).flat
+    figure.set_size_inches(15, 13)
+    *axes, spare = figure.subplots(3, 2).flat
+    spare.set_axis_off()
     for axis, group in zip(axes, GROUPS, strict=True):
         _map_of(group, {row.shape: row.groups[group] for row in rows}, axis)
 

@@ -85,9 +85,9 @@ class Problem:
             scalars=torch.full((seeds, 3), ALPHA),
         )
 
-    def ours(self, telemetry: bool = False) -> Tensor:
+    def ours(self, telemetry: bool = False, direct: bool = False) -> Tensor:
         """The native core, called as a slot calls it."""
-        result = self.program.run(self.h, None, self.single, self.scalars, telemetry)
+        result = self.program.run(self.h, None, self.single, self.scalars, telemetry, direct)
         assert result is not None
         return result[0]
 

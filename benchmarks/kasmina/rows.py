@@ -12,6 +12,7 @@ GROUPS = (
     "forward with telemetry",
     "forward and backward",
     "forward and backward with telemetry",
+    "forward and backward, direct gradients",
 )
 Shape = tuple[int, int, int, int]
 

@@ -13,9 +13,10 @@ namespace esper {
 Outputs forward_on_cpu(const SlotCall& call, const at::Tensor& h, const std::optional<at::Tensor>& x,
                        at::TensorList params, bool telemetry, bool keep);
 
-// `hidden` is undefined where none was kept. Parameters' gradients that are not needed are undefined.
+// `hidden` is undefined where none was kept. Parameters' gradients that are not needed are undefined; `together`:
+// whether the others may share one block of memory.
 Gradients backward_on_cpu(const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
                           const std::optional<at::Tensor>& x, at::TensorList params, const at::Tensor& hidden,
-                          at::IntArrayRef need);
+                          at::IntArrayRef need, bool together = false);
 
 }  // namespace esper

@@ -14,6 +14,7 @@
 #include "kernels/cpu/slot.h"
 #include "ops/cpu.h"
 #include "ops/large.h"
+#include "ops/recycled.h"
 #include "ops/slot.h"
 #include "ops/spatial.h"
 #include "ops/views.h"
@@ -232,10 +233,42 @@ void reduce(const T* accumulators, std::int64_t stride, std::int64_t workers, st
   }
 }
 
+// Memory of the parameters' gradients: each its own, as the outputs of an operator must have, or all in one block,
+// which takes half as long for small ones.
+class GradientMemory {
+ public:
+  GradientMemory(const SlotCall& call, at::TensorList params, at::IntArrayRef need, bool together)
+      : type_(call.compute_type) {
+    if (!together) return;
+    std::int64_t elements = 0;
+    for (std::size_t p = 0; p < params.size(); ++p) {
+      if (need[kNeedParams + p] != 0) elements += in_lines(params[p].numel());
+    }
+    block_ = recycled_empty({elements}, at::TensorOptions(type_));
+  }
+
+  at::Tensor take(at::IntArrayRef sizes) {
+    if (!block_.defined()) return at::detail::empty_cpu(sizes, type_);
+    auto tensor = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(block_.storage()),
+                                                           c10::DispatchKeySet(c10::DispatchKey::CPU), block_.dtype());
+    tensor.unsafeGetTensorImpl()->set_storage_offset(used_);
+    tensor.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+    used_ += in_lines(tensor.numel());
+    return tensor;
+  }
+
+ private:
+  static std::int64_t in_lines(std::int64_t elements) { return cpu::round_up(elements, 16); }
+
+  at::ScalarType type_;
+  at::Tensor block_;
+  std::int64_t used_ = 0;
+};
+
 template <class T>
 Gradients backward(const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
                    const std::optional<at::Tensor>& x, at::TensorList params, const at::Tensor& hidden,
-                   at::IntArrayRef need) {
+                   at::IntArrayRef need, bool together) {
   const auto grad = Viewed::input(dy, call.compute_type);
   const auto from = call.reads_output ? Viewed::input(*h, call.compute_type) : Viewed();
   const auto input = call.input_width > 0 ? Viewed::input(*x, call.compute_type) : Viewed();
@@ -278,6 +311,7 @@ Gradients backward(const SlotCall& call, const at::Tensor& dy, const std::option
   });
 
   std::vector<at::Tensor> dparams(params.size());
+  GradientMemory memory(call, params, need, together);
   for (std::size_t i = 0; i < call.seeds.size(); ++i) {
     const auto& seed = job.seeds[i];
     const auto alpha = static_cast<T>(seed.scalars.alpha_bwd);
@@ -290,7 +324,7 @@ Gradients backward(const SlotCall& call, const at::Tensor& dy, const std::option
                                      std::int64_t columns) {
       if (need[kNeedParams + index] == 0 || !seed.trains) return;
       const bool transposed = member == &SeedTensors<T>::A || member == &SeedTensors<T>::G;
-      dparams[index] = at::detail::empty_cpu(params[index].sizes(), call.compute_type);
+      dparams[index] = memory.take(params[index].sizes());
       reduce<T>(at_worker_0.*member, grad_stride, division.workers, rows, columns,
                 transposed ? 1 : seed.width_p, transposed ? seed.source_p : 1, alpha,
                 static_cast<T*>(dparams[index].mutable_data_ptr()));
@@ -321,10 +355,10 @@ Outputs forward_on_cpu(const SlotCall& call, const at::Tensor& h, const std::opt
 
 Gradients backward_on_cpu(const SlotCall& call, const at::Tensor& dy, const std::optional<at::Tensor>& h,
                           const std::optional<at::Tensor>& x, at::TensorList params, const at::Tensor& hidden,
-                          at::IntArrayRef need) {
+                          at::IntArrayRef need, bool together) {
   const auto run = [&] {
-    return call.compute_type == at::kDouble ? backward<double>(call, dy, h, x, params, hidden, need)
-                                            : backward<float>(call, dy, h, x, params, hidden, need);
+    return call.compute_type == at::kDouble ? backward<double>(call, dy, h, x, params, hidden, need, together)
+                                            : backward<float>(call, dy, h, x, params, hidden, need, together);
   };
   return any_spatial(call) ? spatial_backward(call, dy, h, x, params, need, run) : run();
 }

@@ -6,6 +6,7 @@
 #include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
@@ -34,14 +35,32 @@ bool is_plain(c10::DispatchKeySet keys) {
   return (left.raw_repr() & ~kKnown.raw_repr()) == 0;
 }
 
+// Whether nobody looks at a parameter's gradient on its way: no hook of it, nor of the node that accumulates it,
+// where data parallelism hooks in.
+bool is_unobserved(const at::Tensor& tensor) {
+  const auto* meta = torch::autograd::impl::get_autograd_meta(tensor);
+  if (meta == nullptr) return true;
+  if (meta->grad_fn_ != nullptr || !meta->hooks_.empty() || meta->post_acc_grad_hooks_ != nullptr) return false;
+  const auto node = torch::autograd::impl::try_get_grad_accumulator(tensor);
+  return node == nullptr || (node->pre_hooks().empty() && node->post_hooks().empty() &&
+                             node->tensor_pre_hooks().empty());
+}
+
 // The gradient of one call. What it saves of the parameters is a reference and a version.
 class SlotNode : public torch::autograd::Node {
  public:
   SlotNode(torch::autograd::edge_list&& edges, SlotCall&& call, std::vector<std::int64_t> plan,
-           std::vector<at::Tensor>&& params)
-      : Node(std::move(edges)), call_(std::move(call)), plan_(std::move(plan)), params_(std::move(params)) {
+           std::vector<at::Tensor>&& params, bool direct)
+      : Node(std::move(edges)),
+        call_(std::move(call)),
+        plan_(std::move(plan)),
+        params_(std::move(params)),
+        direct_(direct) {
     versions_.reserve(params_.size());
     for (const auto& tensor : params_) versions_.push_back(version_of(tensor));
+    if (!direct_) return;
+    trains_.reserve(params_.size());
+    for (const auto& tensor : params_) trains_.push_back(tensor.requires_grad());
   }
 
   // Any may be undefined.
@@ -69,6 +88,7 @@ class SlotNode : public torch::autograd::Node {
     if (!dy.defined()) return result;
     TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
     const auto need = needed();
+    if (direct_) check_direct(dy, need);
     result[0] = dy;  // the identity path; nothing else where no seed sends to h
     if (std::none_of(need.begin(), need.end(), [](std::int64_t flag) { return flag != 0; })) return result;
     check_versions();
@@ -76,7 +96,12 @@ class SlotNode : public torch::autograd::Node {
     if (need[kNeedHost] != 0) result[0] = std::move(dh);
     if (need[kNeedInput] != 0) result[1] = std::move(dx);
     for (std::size_t p = 0; p < dparams.size(); ++p) {
-      if (need[kNeedParams + p] != 0) result[2 + p] = std::move(dparams[p]);
+      if (need[kNeedParams + p] == 0) continue;
+      if (direct_) {
+        accumulate(p, std::move(dparams[p]));
+      } else {
+        result[2 + p] = std::move(dparams[p]);
+      }
     }
     return result;
   }
@@ -95,19 +120,46 @@ class SlotNode : public torch::autograd::Node {
     }
   }
 
+  // Before anything has changed.
+  void check_direct(const at::Tensor& dy, at::IntArrayRef need) const {
+    TORCH_CHECK(!c10::GradMode::is_enabled() && is_plain(dy.key_set()),
+                "a graph of the gradient is wanted (create_graph=True), or many gradients at once, which direct "
+                "gradients of seeds do not have: turn them off");
+    for (std::size_t p = 0; p < params_.size(); ++p) {
+      TORCH_CHECK(need[kNeedParams + p] == 0 || is_unobserved(params_[p]), "params[", p, "] of a slot has got a hook "
+                  "since forward, which direct gradients of seeds do not call: register hooks before forward, or "
+                  "turn direct gradients off");
+    }
+  }
+
   std::vector<std::int64_t> needed() const {
     std::vector<std::int64_t> need(kNeedParams + params_.size());
+    // Not empty where gradients of certain tensors are asked for, which are none of these.
+    const auto* asked = torch::autograd::get_current_graph_task_exec_info();
+    const bool all = asked == nullptr || asked->empty();
     for (const auto& seed : call_.seeds) {
       const bool input = seed.shape.source == Source::kInput;
       if (seed.scalars.gamma != 0.0f) need[input ? kNeedInput : kNeedHost] = 1;
       if (seed.scalars.alpha_bwd == 0.0f) continue;
       each_param<const float>(seed, [&](auto, std::size_t index, std::int64_t, std::int64_t) {
-        need[kNeedParams + index] = task_should_compute_output(2 + index);
+        need[kNeedParams + index] = direct_ ? all && trains_[index] : task_should_compute_output(2 + index);
       });
     }
     need[kNeedHost] &= static_cast<std::int64_t>(task_should_compute_output(0));
     need[kNeedInput] &= static_cast<std::int64_t>(task_should_compute_output(1));
     return need;
+  }
+
+  // As torch's own node does it, which would be executed for each parameter.
+  void accumulate(std::size_t p, at::Tensor gradient) const {
+    static std::mutex only;
+    const std::lock_guard lock(only);
+    auto& sum = params_[p].mutable_grad();
+    if (sum.defined()) {
+      sum.add_(gradient);
+    } else {
+      sum = std::move(gradient);
+    }
   }
 
   Gradients gradients(const at::Tensor& dy, at::IntArrayRef need) const {
@@ -122,7 +174,7 @@ class SlotNode : public torch::autograd::Node {
     if (!c10::GradMode::is_enabled() && is_plain(keys)) {
       RECORD_FUNCTION("esper::slot_backward", {});
       const at::AutoDispatchBelowADInplaceOrView below;
-      return backward_on_cpu(call_, dy, given(h), given(x), params_, hidden, need);
+      return backward_on_cpu(call_, dy, given(h), given(x), params_, hidden, need, direct_);
     }
     // A graph of this gradient is wanted, or many gradients at once: the operator knows what it can do.
     static const auto backward =
@@ -144,6 +196,8 @@ class SlotNode : public torch::autograd::Node {
   std::vector<std::int64_t> plan_;
   std::vector<at::Tensor> params_;
   std::vector<std::uint32_t> versions_;
+  bool direct_;               // whether parameters' gradients are accumulated here, and have no edges
+  std::vector<bool> trains_;  // where they are: which parameters want one
   SavedVariable h_, x_, hidden_;
   bool released_ = false;
 };
@@ -164,7 +218,7 @@ std::optional<std::pair<at::Tensor, at::Tensor>> SlotProgram::run(const at::Tens
                                                                   const std::optional<at::Tensor>& x,
                                                                   std::vector<at::Tensor> params,
                                                                   const at::Tensor& scalars,
-                                                                  bool telemetry) const {
+                                                                  bool telemetry, bool direct) const {
   auto keys = h.key_set();
   bool trains = h.requires_grad(), inference = h.is_inference();
   const auto look_at = [&](const at::Tensor& tensor) {
@@ -173,10 +227,14 @@ std::optional<std::pair<at::Tensor, at::Tensor>> SlotProgram::run(const at::Tens
     inference |= tensor.is_inference();
   };
   if (x.has_value()) look_at(*x);
-  std::for_each(params.begin(), params.end(), look_at);
+  bool fits = true;  // a seed in another type than its host is converted by whoever calls
+  for (const auto& tensor : params) {
+    look_at(tensor);
+    fits &= tensor.scalar_type() == at::kFloat || tensor.scalar_type() == h.scalar_type();
+  }
   trains &= c10::GradMode::is_enabled() &&
             !c10::impl::tls_local_dispatch_key_set().excluded_.has(c10::DispatchKey::AutogradCPU);
-  if (!is_plain(keys | scalars.key_set()) || (trains && inference) ||
+  if (!fits || !is_plain(keys | scalars.key_set()) || (trains && inference) ||
       torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr) {
     return std::nullopt;
   }
@@ -192,10 +250,13 @@ std::optional<std::pair<at::Tensor, at::Tensor>> SlotProgram::run(const at::Tens
     edges.reserve(2 + params.size());
     edges.push_back(torch::autograd::impl::gradient_edge(h));
     edges.push_back(x.has_value() ? torch::autograd::impl::gradient_edge(*x) : Edge());
-    for (const auto& tensor : params) edges.push_back(torch::autograd::impl::gradient_edge(tensor));
+    direct &= std::all_of(params.begin(), params.end(), is_unobserved);
+    for (std::size_t p = 0; !direct && p < params.size(); ++p) {
+      edges.push_back(torch::autograd::impl::gradient_edge(params[p]));
+    }
     const auto saved_h = call.reads_output ? h : at::Tensor();
     const auto saved_x = call.input_width > 0 ? *x : at::Tensor();
-    auto node = make_node<NodePointer>(std::move(edges), std::move(call), plan_, std::move(params));
+    auto node = make_node<NodePointer>(std::move(edges), std::move(call), plan_, std::move(params), direct);
     static_cast<SlotNode&>(*node).save(saved_h, saved_x, hidden.numel() != 0 ? hidden : at::Tensor());
     torch::autograd::create_gradient_edge(y, std::move(node));
   }

@@ -19,11 +19,15 @@ class SlotProgram {
 
   const std::vector<std::int64_t>& plan() const { return plan_; }
 
-  // y and stats, as esper::slot_forward; none where only the dispatcher knows what to do: other devices, modes,
-  // transforms, traced tensors. Arguments are checked as the operator checks them.
+  // y and stats, as esper::slot_forward; none where only the dispatcher knows what to do (other devices, modes,
+  // transforms, traced tensors) and where a parameter has neither float32 nor the host's type. Other arguments are
+  // checked as the operator checks them. `direct`: whether backward adds to the parameters' .grad itself, unless
+  // they have hooks, instead of passing each through torch's engine, which takes 2 us a parameter.
+  // torch.autograd.grad then does not find the parameters.
   std::optional<std::pair<at::Tensor, at::Tensor>> run(const at::Tensor& h, const std::optional<at::Tensor>& x,
                                                        std::vector<at::Tensor> params,
-                                                       const at::Tensor& scalars, bool telemetry) const;
+                                                       const at::Tensor& scalars, bool telemetry,
+                                                       bool direct) const;
 
  private:
   std::vector<std::int64_t> plan_;

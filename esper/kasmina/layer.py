@@ -18,7 +18,6 @@ from esper.kasmina.growth import GrowthProbe
 from esper.kasmina.inlets import Inlet
 from esper.kasmina.lifecycle import SeedLifecycleState
 from esper.kasmina.ops import PLAN_WIDTH
-from esper.kasmina.ops import slot_forward
 from esper.kasmina.outputs import features_last
 from esper.kasmina.outputs import find_tensor
 from esper.kasmina.outputs import replace_tensor
@@ -70,6 +69,7 @@ class KasminaLayer(nn.Module):
         grafts: The planted kernels by seed.
         planted: The same, found faster.
         telemetry: What the slot has shown; None until the width is known.
+        direct_gradients: Whether backward accumulates the seeds' gradients itself, see the model.
         drift: Measures how far the host's output moves; None unless a seed's ramp asks for it.
         calls: How often the slot ran.
         missed_steps: Training forwards in which seeds should have computed and did not.
@@ -91,6 +91,7 @@ class KasminaLayer(nn.Module):
         self.planted: dict[int, Graft] = {}
         self._interpreted: list[int] = []  # seeds whose kernel is a graph
         self.telemetry: SlotTelemetry | None = None
+        self.direct_gradients = False
         self.drift: DriftMeter | None = None
         self.calls = 0
         self.missed_steps = 0
@@ -395,28 +396,11 @@ class KasminaLayer(nn.Module):
                 "but this call has no floating-point input there with the tokens of the output"
             )
         if self._work.native:
-            y, stats = self._run_native(h, x if self._work.reads_input else None, measure)
+            source = x if self._work.reads_input else None
+            y, stats = self._work.run(h, source, self._scalars, measure, self.direct_gradients)
         for seed in self._work.graphs:
             y = self._run_graph(seed, y, h, x, measure)
         return y, stats
-
-    def _run_native(self, h: Tensor, x: Tensor | None, measure: bool) -> tuple[Tensor, Tensor]:
-        # Parameters are looked up in each call: functional_call and sharding replace the tensors,
-        # and torch.export the dictionary that holds them.
-        work = self._work
-        if not torch.compiler.is_compiling():
-            params = _C.collect_parameters(work.owners)
-            result = work.program.run(h, x, params, self._scalars, measure)
-            if result is not None:
-                return result
-        params = []
-        for graft, names in work.owners:
-            for name in names:
-                tensor = graft._parameters[name]
-                assert tensor is not None
-                fits = tensor.dtype is torch.float32 or tensor.dtype is h.dtype
-                params.append(tensor if fits else tensor.to(h.dtype))
-        return slot_forward(h, x, params, self._scalars, work.plan, measure)
 
     def _networks(self) -> list[ReferenceModule]:
         """The seeds that compute in the interpreter."""

@@ -294,6 +294,23 @@ class SlottedModel(nn.Module):
             )
         return self._original.compare(self, inputs)
 
+    @property
+    def direct_gradients(self) -> bool:
+        """Whether ``backward`` adds to the ``.grad`` of seeds' parameters itself. Default: False.
+
+        Torch's engine takes about 2 us for each parameter, which is most of a training step where
+        batches are small and seeds many. The gradients are the same to the bit, and parameters with
+        hooks (as data parallelism sets them) take the usual way. It is for loops that call
+        ``loss.backward()`` and nothing else: ``torch.autograd.grad`` does not find the seeds'
+        parameters, ``backward(inputs=...)`` leaves them alone, and ``create_graph`` is refused.
+        """
+        return self._layers[0].direct_gradients if self._layers else False
+
+    @direct_gradients.setter
+    def direct_gradients(self, value: bool) -> None:
+        for layer in self._layers:
+            layer.direct_gradients = value
+
     # ---------------------------------------------------------------- telemetry
 
     @property
