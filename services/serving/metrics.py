@@ -32,6 +32,11 @@ COPY_SECONDS = Histogram(
 )
 GROWTHS = Counter("esper_store_growths", "How often the map of the rows was enlarged.", ["store"])
 ROW_FILE_BYTES = Gauge("esper_store_row_file_bytes", "Size of the file with the rows.", ["store"])
+READ_AHEAD_BYTES = Gauge(
+    "esper_store_read_ahead_bytes",
+    "How much of the file with the rows was read into memory at the opening.",
+    ["store"],
+)
 QUEUE_LENGTH = Gauge("esper_store_queued_writes", "Writes that wait for the writer.", ["store"])
 BLOBS = Gauge("esper_blobs", "Blobs stored.")
 BLOB_BYTES = Gauge("esper_blob_bytes", "Size of the blobs stored.")

@@ -26,6 +26,7 @@ from esper.services.serving import metrics
 from esper.services.serving.errors import ServiceError
 from esper.services.serving.errors import exhausted
 from esper.services.serving.errors import unavailable
+from esper.services.store.ahead import ReadAhead
 from esper.services.store.claim import DirectoryClaim
 from esper.services.store.files import free_bytes
 from esper.services.store.files import scratch_folder
@@ -150,6 +151,7 @@ class Store:
         self._growths = metrics.GROWTHS.labels(self._name)
         self._queued = metrics.QUEUE_LENGTH.labels(self._name)
         self._file_bytes = metrics.ROW_FILE_BYTES.labels(self._name)
+        self._ahead = ReadAhead(data_file(directory), self._name)
         self._writer = threading.Thread(
             target=self._run, name=f"store-{directory.name}", daemon=True
         )
@@ -250,6 +252,7 @@ class Store:
             self._open = False
             self._jobs.put(None)
         self._writer.join()
+        self._ahead.close()
         with self._gate.alone():
             self._environment.close()
         self._claim.release()
