@@ -156,12 +156,19 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
         require(validate.read_blob(request))
         chunks = self._blobs.read(request.digest, request.read_offset, request.read_limit)
         executor = None if request.digest.size_bytes <= INLINE_BYTES else self._threads
+        left = request.digest.size_bytes - request.read_offset
+        if request.read_limit:
+            left = min(left, request.read_limit)
         # One chunk is read and hashed while the one before is on its way.
         reading = _do(executor, partial(next, chunks, None))
         while (chunk := await reading) is not None:
-            reading = _do(executor, partial(next, chunks, None))
+            left -= len(chunk)
+            if left:
+                reading = _do(executor, partial(next, chunks, None))
             _READ.inc(len(chunk))
             yield chunk
+            if not left:
+                break
 
     async def FindMissingBlobs(
         self, request: blob_pb2.FindMissingBlobsRequest, context: CallContext

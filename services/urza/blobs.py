@@ -238,6 +238,7 @@ class BlobStore:
             os.posix_fadvise(file.fileno(), offset, end - offset, os.POSIX_FADV_SEQUENTIAL)
             file.seek(offset)
             hasher = hashlib.sha256()
+            chunk = b""
             while offset < end:
                 chunk = file.read(min(MAX_CHUNK_BYTES, end - offset))
                 if not chunk:
@@ -247,7 +248,11 @@ class BlobStore:
                     hasher.update(chunk)
                     if offset == end and hasher.hexdigest() != digest.hash:
                         raise self._quarantine(digest, signature)
+                if offset == end:
+                    break
                 yield chunk
+        if chunk:
+            yield chunk  # the last: the file is closed by now, though nobody may ask for more
 
     def is_sound(self, digest: digest_pb2.Digest) -> bool:
         """Returns whether a stored blob has the bytes that its digest says.
