@@ -1,7 +1,11 @@
 """`esper train`: a whole run from a configuration file."""
 
 import sys
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -13,6 +17,8 @@ from rich.progress import TextColumn
 from rich.progress import TimeRemainingColumn
 
 from esper.tolaria.report import format_count
+from esper.tolaria.runs.config import RunConfig
+from esper.tolaria.runs.config import flat_config
 from esper.tolaria.runs.config import read_config
 from esper.tolaria.runs.folder import EpochMetrics
 from esper.tolaria.runs.folder import RunFolder
@@ -64,6 +70,46 @@ class _Shown:
         self._console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"--{name} needs a package that is not installed ({error.name}): "
+            f"pip install 'esper-morphogen[{name}]'"
+        ) from error
+
+
+def _loggers(
+    config: RunConfig, folder: RunFolder, tensorboard: bool, mlflow: str | None, wandb: str | None
+) -> list[RunLogger]:
+    """Opens what was asked for, once all of it is known to be installed."""
+    openers: list[Callable[[], RunLogger]] = []
+    parameters = flat_config(config)
+    if tensorboard:
+        with _extra("tensorboard"):
+            import_module("torch.utils.tensorboard")
+        openers.append(lambda: TensorBoardLogger(folder.path / "tensorboard"))
+    if mlflow is not None:
+        with _extra("mlflow"):
+            from esper.adapters.mlflow import MlflowLogger
+        openers.append(
+            lambda: MlflowLogger(experiment=mlflow, run_name=folder.name, parameters=parameters)
+        )
+    if wandb is not None:
+        with _extra("wandb"):
+            from esper.adapters.wandb import WandbLogger
+        openers.append(
+            lambda: WandbLogger(
+                project=wandb, run_name=folder.name, folder=folder.path, parameters=parameters
+            )
+        )
+    if openers:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    return [open_logger() for open_logger in openers]
+
+
 @click.command(name="train")
 @click.argument("config_file", metavar="CONFIG.yaml", type=click.Path(path_type=Path))
 @click.option(
@@ -84,6 +130,16 @@ class _Shown:
     "its store in the folder.",
 )
 @click.option("--tensorboard", is_flag=True, help="Log to tensorboard/ in the folder too.")
+@click.option(
+    "--mlflow",
+    metavar="EXPERIMENT",
+    help="Log to MLflow too, as a run of an experiment; MLFLOW_TRACKING_URI says where.",
+)
+@click.option(
+    "--wandb",
+    metavar="PROJECT",
+    help="Log to Weights & Biases too, as a run of a project; WANDB_MODE=offline keeps it here.",
+)
 @joined()
 def command(
     config_file: Path,
@@ -94,6 +150,8 @@ def command(
     no_growth: bool,
     plane: str | None,
     tensorboard: bool,
+    mlflow: str | None,
+    wandb: str | None,
 ) -> None:
     """Train and grow the model that CONFIG.yaml describes.
 
@@ -114,9 +172,9 @@ def command(
     rank, _ = place()
     width = None if sys.stdout.isatty() else 120
     console = Console(width=width, quiet=rank != 0)
-    loggers: list[RunLogger] = []
-    if tensorboard and rank == 0:
-        loggers.append(TensorBoardLogger(folder.path / "tensorboard"))
+    if not resume:
+        folder.check_free()
+    loggers = _loggers(config, folder, tensorboard, mlflow, wandb) if rank == 0 else []
     with _Shown(console, config.epochs) as shown:
         info = train(
             config,

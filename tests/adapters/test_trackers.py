@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from esper.cli.main import cli
 from esper.tolaria.history import LifecycleEvent
 from esper.tolaria.runs.config import read_config
 from esper.tolaria.runs.folder import RunFolder
@@ -74,3 +76,22 @@ def test_wandb_has_the_figures_and_the_moves(
     assert json.loads(table.read_text())["data"] == [
         [30, "net.0", 2, "EVALUATING", "CULLED", "refused: a test"]
     ]
+
+
+@pytest.mark.parametrize("extra", ["mlflow", "wandb"])
+def test_esper_train_logs_there(
+    extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(extra, reason=f"the extra {extra} is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'store'}")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    arguments = ["train", str(CONFIG), "--out", str(tmp_path / "run"), "--epochs", "2"]
+    result = CliRunner().invoke(cli, [*arguments, f"--{extra}", "mine"])
+    assert result.exit_code == 0, result.output
+    if extra == "mlflow":
+        (rate,) = (tmp_path / "store").rglob("params/optimizer.learning_rate")
+        assert rate.read_text() == "0.01"
+        assert list((tmp_path / "store").rglob("metrics/loss/held_out"))
+    else:
+        assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))

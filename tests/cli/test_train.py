@@ -14,8 +14,10 @@ import onnxruntime
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 
 from esper import artifacts
+from esper.cli.main import cli
 from esper.tolaria import tasks
 
 ESPER = Path(sys.executable).with_name("esper")
@@ -206,6 +208,24 @@ def test_two_processes_make_one_run(tmp_path: Path) -> None:
     model = artifacts.load(folder / "model", task.host())
     assert task.accuracy(model, task.test) == info["results"]["test_accuracy"] > 0.5
     assert esper("runs", "verify", folder).returncode == 0
+
+
+@pytest.mark.parametrize("extra", ["mlflow", "wandb", "tensorboard"])
+def test_a_logger_that_is_not_installed_is_named_before_anything_is_written(
+    extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (f"esper.adapters.{extra}", "torch.utils.tensorboard"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, extra, None)  # as where it is not installed
+    option = ["--tensorboard"] if extra == "tensorboard" else [f"--{extra}", "mine"]
+    arguments = ["train", str(CONFIG), "--out", str(tmp_path / "run"), *option]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 1
+    assert re.search(
+        rf"--{extra} needs .* not installed .*: pip install 'esper-morphogen\[{extra}\]'\n",
+        result.output,
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_growth_the_host_stays_as_it_is(tmp_path: Path) -> None:

@@ -213,6 +213,19 @@ def dump_config(config: RunConfig) -> str:
     return stream.getvalue()
 
 
+def flat_config(config: RunConfig) -> dict[str, object]:
+    """Returns a configuration as names with dots and their values, defaults included."""
+    return dict(_flat("", _plain(config)))
+
+
+def _flat(name: str, value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{name}.{key}" if name else key, inner)
+    else:
+        yield name, value
+
+
 def _plain(value: object) -> object:
     if is_dataclass(value):
         return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}

@@ -128,6 +128,17 @@ class RunFolder:
         """Returns whether a run has begun here."""
         return (self.path / RUN_FILE).exists()
 
+    def check_free(self) -> None:
+        """Refuses a folder that holds a run.
+
+        Raises:
+            ValueError: If it does.
+        """
+        if self.exists():
+            raise ValueError(
+                f"{self.path} holds a run already: resume it, or choose another folder"
+            )
+
     def config_text(self) -> str:
         """Returns config.yaml.
 

@@ -57,7 +57,7 @@ def train(
         folder: Where everything goes; made where missing.
         plane: Address of a running plane; ``None`` starts one whose store is in the folder.
         resume: Go on with the run of the folder; without it the folder must hold none.
-        loggers: Told of every epoch and event besides; closed at the end.
+        loggers: Told of every epoch and event besides; closed at the end, whatever happens.
         progress: Told of every epoch.
 
     Returns:
@@ -68,8 +68,22 @@ def train(
             configuration does not fit the task.
         OSError: If the folder cannot be written.
     """
-    if not resume and folder.exists():
-        raise ValueError(f"{folder.path} holds a run already: resume it, or choose another folder")
+    with contextlib.ExitStack() as stack:
+        for logger in loggers:
+            stack.callback(logger.close)
+        return _train(config, folder, plane, resume, loggers, progress)
+
+
+def _train(
+    config: RunConfig,
+    folder: RunFolder,
+    plane: str | None,
+    resume: bool,
+    loggers: Sequence[RunLogger],
+    progress: Progress,
+) -> RunInfo:
+    if not resume:
+        folder.check_free()
     rank, num_ranks = processes.place()
     task = config.load_task()
     processes.check_batch_size(task.batch_size, num_ranks)
@@ -101,8 +115,6 @@ def train(
         _step(scheduler, record)
 
     with contextlib.ExitStack() as stack:
-        for logger in loggers:
-            stack.callback(logger.close)
         if plane is None and rank == 0:
             plane = stack.enter_context(EmbeddedPlane(folder.path / "plane")).address
         trainer = Trainer(
