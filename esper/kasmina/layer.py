@@ -245,11 +245,9 @@ class KasminaLayer(nn.Module):
             plan: The plan of the seeds that compute now, as the bank gives it.
         """
         work, planted, first_row = self._work, self.planted, self._first_row
-        work.plan = plan
+        work.replan(plan)
         work.native = [row - first_row for row in plan[_ROW::PLAN_WIDTH]]
-        work.program = _C.SlotProgram(plan)
-        grafts = [planted[seed] for seed in work.native]
-        work.owners = [(graft, graft.prepared.parameter_names) for graft in grafts]
+        work.grafts = [planted[seed] for seed in work.native]
         work.graphs = [seed for seed in self._interpreted if self._states[seed].computes]
         work.reads_input = any(plan[_SOURCE::PLAN_WIDTH]) or any(
             planted[seed].reads_input for seed in work.graphs

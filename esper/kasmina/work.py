@@ -11,6 +11,14 @@ from esper.kasmina.grafts import Graft
 from esper.kasmina.ops import slot_forward
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A plan that is ready to be run, and the native seeds with the names of their parameters."""
+
+    program: _C.SlotProgram
+    owners: list[tuple[Graft, tuple[str, ...]]]
+
+
 @dataclass(slots=True)
 class SlotWork:
     """What the seeds of a slot compute; made anew on lifecycle events only.
@@ -19,17 +27,21 @@ class SlotWork:
         plan: Plan of the seeds that the operator computes.
         native: Those seeds.
         graphs: Seeds that the interpreter computes.
-        program: The same plan, ready to be run.
-        owners: What the native seeds hold, each with the names of its parameters.
+        grafts: What the native seeds hold.
         reads_input: Whether a seed reads the slot's input.
     """
 
     plan: list[int] = field(default_factory=list)
     native: list[int] = field(default_factory=list)
     graphs: list[int] = field(default_factory=list)
-    program: _C.SlotProgram = field(default_factory=lambda: _C.SlotProgram([]))
-    owners: list[tuple[Graft, tuple[str, ...]]] = field(default_factory=list)
+    grafts: list[Graft] = field(default_factory=list)
     reads_input: bool = False
+    _prepared: _Prepared | None = None
+
+    def replan(self, plan: list[int]) -> None:
+        """Takes up another plan; it is made ready by the first call, not while a seed moves."""
+        self.plan = plan
+        self._prepared = None
 
     def run(
         self, h: Tensor, x: Tensor | None, scalars: Tensor, measure: bool, direct: bool
@@ -46,13 +58,16 @@ class SlotWork:
         # Parameters are looked up in each call: functional_call and sharding replace the tensors,
         # and torch.export the dictionary that holds them.
         if not torch.compiler.is_compiling():
-            params = _C.collect_parameters(self.owners)
-            result = self.program.run(h, x, params, scalars, measure, direct)
+            if self._prepared is None:
+                owners = [(graft, graft.prepared.parameter_names) for graft in self.grafts]
+                self._prepared = _Prepared(_C.SlotProgram(self.plan), owners)
+            params = _C.collect_parameters(self._prepared.owners)
+            result = self._prepared.program.run(h, x, params, scalars, measure, direct)
             if result is not None:
                 return result
         params = []
-        for graft, names in self.owners:
-            for name in names:
+        for graft in self.grafts:
+            for name in graft.prepared.parameter_names:
                 tensor = graft._parameters[name]
                 assert tensor is not None
                 fits = tensor.dtype is torch.float32 or tensor.dtype is h.dtype
