@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -291,15 +293,19 @@ class GrowthProbe:
             return {}
         result: dict[int, list[Score]] = {seed: [] for seed in self.dormant}
         unit = math.sqrt(NUM_FEATURES) * num_steps
+        fit_GuF, shares = self._fit()
+        energy_D = self._energy_D.double().cpu().numpy()
         for group, cross_DB, source, targets in self._groups():
-            residual_DF, share = self._residual(self._gram_GBB[group].double(), cross_DB.double())
+            cross_DB = cross_DB.double()
+            residual_D = _square_sums(self._residual(cross_DB, fit_GuF, group))
+            gradient_D = _square_sums(cross_DB[:, :NUM_FEATURES])
             for seed, (begin, end) in targets.items():
-                energy = float(self._energy_D[slice(*self.dormant[seed])].double().sum())
+                energy = float(energy_D[slice(*self.dormant[seed])].sum())
                 score = Score(
                     source=source,
-                    score=float(residual_DF[begin:end].norm()) / unit,
-                    null_score=math.sqrt(share * energy) / num_steps,
-                    gradient_score=float(cross_DB[begin:end, :NUM_FEATURES].double().norm()) / unit,
+                    score=math.sqrt(residual_D[begin:end].sum()) / unit,
+                    null_score=math.sqrt(shares[group] * energy) / num_steps,
+                    gradient_score=math.sqrt(gradient_D[begin:end].sum()) / unit,
                     gradient_null_score=math.sqrt(energy) / num_steps,
                 )
                 result[seed].append(score)
@@ -328,7 +334,7 @@ class GrowthProbe:
             if omega_ZF is None or source == blueprint_pb2.SEED_SOURCE_OUTPUT:
                 position = list(self.dormant).index(seed)
                 omega_ZF = self._output_GWF[position, : targets[seed][1]]
-            residual_DF, _ = self._residual(self._gram_GBB[group].double(), cross_DB.double())
+            residual_DF = self._residual(cross_DB.double(), self._fit()[0], group)
             chunk_WF = residual_DF[slice(*targets[seed])]
             left_Fk, values_k, _ = torch.linalg.svd(chunk_WF.T, full_matrices=False)
             directions: Tensor = omega_ZF @ (left_Fk * values_k).float()
@@ -348,18 +354,37 @@ class GrowthProbe:
             sums_WB = self._output_GWB[position]
             yield first_output + position, sums_WB, source, {seed: (0, end - begin)}
 
-    def _residual(self, gram_BB: Tensor, cross_DB: Tensor) -> tuple[Tensor, float]:
-        """R of a group, and the share of the features' energy that the host does not explain."""
+    def _fit(self) -> tuple[Tensor | None, list[float]]:
+        """How the host explains each group's features, and the share of their energy it does not.
+
+        Returns:
+            Coefficients of the pre-activations, [G, F, F], None where the host is not linear in
+            them; and the share of each group.
+        """
         if not self._linear:
-            return cross_DB, 1.0
+            return None, [1.0] * len(self._gram_GBB)
         f = NUM_FEATURES
-        energy = max(float(gram_BB[:f, :f].trace()), _TINY)
-        gram_uu = gram_BB[f:, f:]
-        ridge = _RIDGE * gram_uu.diagonal().mean().clamp_min(_TINY)
-        gram_uu = gram_uu + ridge * torch.eye(f, dtype=gram_uu.dtype, device=gram_uu.device)
-        fit_uF = torch.linalg.solve(gram_uu, gram_BB[f:, :f])
-        explained = float((gram_BB[f:, :f] * fit_uF).sum())
-        return cross_DB[:, :f] - cross_DB[:, f:] @ fit_uF, max(0.0, 1.0 - explained / energy)
+        gram_GBB = self._gram_GBB.double()
+        gram_Guu, gram_GuF = gram_GBB[:, f:, f:], gram_GBB[:, f:, :f]
+        ridge_G = _RIDGE * gram_Guu.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(_TINY)
+        identity = torch.eye(f, dtype=gram_Guu.dtype, device=gram_Guu.device)
+        fit_GuF = torch.linalg.solve(gram_Guu + ridge_G[:, None, None] * identity, gram_GuF)
+        energy_G = gram_GBB[:, :f, :f].diagonal(dim1=1, dim2=2).sum(dim=1).clamp_min(_TINY)
+        explained_G = (gram_GuF * fit_GuF).sum(dim=(1, 2))
+        return fit_GuF, (1.0 - explained_G / energy_G).clamp_min(0.0).tolist()
+
+    def _residual(self, cross_DB: Tensor, fit_GuF: Tensor | None, group: int) -> Tensor:
+        """R of a group, [D, F]."""
+        if fit_GuF is None:
+            return cross_DB
+        f = NUM_FEATURES
+        return cross_DB[:, :f] - cross_DB[:, f:] @ fit_GuF[group]
+
+
+def _square_sums(values_DF: Tensor) -> npt.NDArray[np.float64]:
+    """Sum of squares of each row."""
+    sums: npt.NDArray[np.float64] = values_DF.square().sum(dim=1).cpu().numpy()
+    return sums
 
 
 def _normalized(values_GNF: Tensor) -> Tensor:
