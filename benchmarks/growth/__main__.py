@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -51,6 +52,12 @@ ARENAS: dict[str, Callable[[int], Arena]] = {
     "--tune", is_flag=True, help="Measure on validation data; use other seeds than those reported."
 )
 @click.option(
+    "--arm",
+    "arms",
+    multiple=True,
+    help="Train this arm beside the grown one; may be given again. All arms if absent.",
+)
+@click.option(
     "--gromo",
     "gromo_python",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -64,6 +71,7 @@ def main(
     quick: bool,
     ablate: bool,
     tune: bool,
+    arms: tuple[str, ...],
     gromo_python: Path | None,
 ) -> None:
     """Runs arenas and writes their outcomes, tables and plots."""
@@ -76,7 +84,7 @@ def main(
             folder.mkdir(parents=True, exist_ok=True)
             outcomes: list[Outcome] = []
             for seed in range(first_seed, first_seed + number):
-                arena = ARENAS[name](seed)
+                arena = replace(ARENAS[name](seed), arms=frozenset(arms) or None)
                 outcomes += _seed(arena, seed, plane.address, folder, ablate, tune)
                 if gromo_python is not None and name == "width":
                     split = "validation" if tune else "test"

@@ -103,6 +103,8 @@ class Arena:
         ablations: Configurations with one element of the recipe changed, by name.
         bars: What must be shown.
         num_seeds: Seeds that a full run takes.
+        arms: Arms that are trained beside the grown one; ``None`` means all. Arenas that train
+            other arms than these train all of them.
     """
 
     name: str
@@ -124,6 +126,7 @@ class Arena:
     ablations: Mapping[str, EsperConfig] = field(default_factory=dict)
     bars: Sequence[Bar] = ()
     num_seeds: int = 10
+    arms: frozenset[str] | None = None
 
     @property
     def held_out(self) -> Split:
@@ -175,12 +178,15 @@ class Arena:
         """
         grown = self.grow(seed, plane)
         yield self.outcome(GROWN, seed, grown, split)
-        config = replace(self.config, growth=replace(self.config.growth, where="random", seed=seed))
-        yield self.outcome(RANDOM_SITE, seed, self.grow(seed, plane, config), split)
+        if self.arms is None or RANDOM_SITE in self.arms:
+            drawn = replace(self.config.growth, where="random", seed=seed)
+            config = replace(self.config, growth=drawn)
+            yield self.outcome(RANDOM_SITE, seed, self.grow(seed, plane, config), split)
         for arm, model, budget in self._controls(seed, grown):
-            recipe = self.static.get(arm, self.static[FINAL])
-            trained = train_static(self.task, model, recipe, seed, **budget)
-            yield self.outcome(arm, seed, trained, split)
+            if self.arms is None or arm in self.arms:
+                recipe = self.static.get(arm, self.static[FINAL])
+                trained = train_static(self.task, model, recipe, seed, **budget)
+                yield self.outcome(arm, seed, trained, split)
 
     def ablate(self, seed: int, plane: str, split: Split) -> Iterator[Outcome]:
         """Trains the grown arm with each element of the recipe turned off in turn."""

@@ -53,7 +53,14 @@ def ablations(config: EsperConfig) -> dict[str, EsperConfig]:
     graft, growth = config.graft, config.growth
     steps = max(1, graft.ramp_steps // 2)
     isolated = replace(graft, training_steps=steps, ramp="cosine", ramp_steps=steps)
+    soon = replace(graft, ramp_steps=max(1, graft.ramp_steps // 3))
+    usual = tuple(
+        replace(c, hyperparameters={k: v for k, v in c.hyperparameters.items() if k != "gain"})
+        for c in config.candidates
+    )
+    scale = {"how: fan-in at the usual scale": replace(config, candidates=usual)}
     return {
+        **(scale if usual != config.candidates else {}),
         "how: fan-in along the wanted update": replace(
             config, graft=replace(graft, fan_in="singular")
         ),
@@ -66,6 +73,7 @@ def ablations(config: EsperConfig) -> dict[str, EsperConfig]:
         "learning rate: no warm-up of newborns": replace(
             config, graft=replace(graft, warmup_steps=0)
         ),
+        "accept: a trial after a third of the steps": replace(config, graft=soon),
         "accept: always": replace(config, accept="always"),
     }
 
@@ -91,7 +99,10 @@ def size_by_parameters(build: Callable[[int, int], nn.Module]) -> Callable[[int]
 
 
 def width(seed: int) -> Arena:
-    """Digits, a hidden layer of 8 units that grows towards 64."""
+    """Digits, a hidden layer of 8 units that grows towards 64.
+
+    Units are born with a fan-in of 2.8 times the scale of He's rule: gain 4 in place of sqrt(2).
+    """
     task = digits(seed)
 
     def host(seed: int) -> MorphableModel:
@@ -100,8 +111,10 @@ def width(seed: int) -> Arena:
         return esper.wrap(model, target_layers=nested_names("net", 3), seeds_per_layer=1)
 
     config = EsperConfig(
-        candidates=(Candidate(blueprint="widen", ranks=(8, 16, 24, 32)),),
-        graft=DIRECT,
+        candidates=(
+            Candidate(blueprint="widen", ranks=(8, 16, 24, 32), hyperparameters={"gain": 4.0}),
+        ),
+        graft=replace(DIRECT, ramp_steps=30),
         growth=replace(EARLY, max_slot_growth=4.0),
         budget=BudgetConfig(max_parameters=4850),
         telemetry_interval=24,
@@ -122,7 +135,7 @@ def width(seed: int) -> Arena:
         epochs=28,
         num_held_out=359,
         config=config,
-        grown=Recipe(learning_rate=0.05),
+        grown=Recipe(learning_rate=0.03),
         static={
             FINAL: Recipe(learning_rate=0.05),
             SMALL: Recipe(learning_rate=0.05),
@@ -249,9 +262,13 @@ def conv(seed: int) -> Arena:
 
 
 def text(seed: int) -> Arena:
-    """Characters of the standard library, a transformer whose feed-forward blocks grow from 8."""
+    """Characters of the standard library, a transformer whose feed-forward blocks grow from 32.
+
+    Every place is filled at about a third of the run, a seed an epoch: what is cheap is the time
+    before. Trials come 300 steps later; after 70 a seed that pays may still look useless.
+    """
     task = tasks.get("text")
-    levels, layers, features = 2, 2, 32
+    levels, layers, features, host_size = 2, 2, 32, 32
 
     def plain(seed: int, size: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -259,19 +276,20 @@ def text(seed: int) -> Arena:
             return CharTransformer(size, width=features, layers=layers)
 
     def host(seed: int) -> MorphableModel:
-        model = plain(seed, 8)
+        model = plain(seed, host_size)
         for block in model.blocks:
             block.mlp = nest(block.mlp, levels - 1)
         names = [n for i in range(layers) for n in nested_names(f"blocks.{i}.mlp", levels)]
         return esper.wrap(model, target_layers=names, seeds_per_layer=1)
 
     config = EsperConfig(
-        candidates=(Candidate(blueprint="widen", ranks=(128,)),),
-        graft=replace(DIRECT, ramp_steps=70),
-        growth=replace(EARLY, first_epoch=3, max_slot_growth=20.0, max_live=4),
-        telemetry_interval=50,
+        candidates=(Candidate(blueprint="widen", ranks=(256,)),),
+        graft=replace(DIRECT, ramp_steps=300),
+        growth=replace(EARLY, first_epoch=19, max_slot_growth=10.0, max_live=4),
+        telemetry_interval=12,
         evaluation_interval=100,
     )
+    recipe = Recipe(learning_rate=0.01, hold=0.65)
     return Arena(
         name="text",
         title="Does a small language model pay for growing?",
@@ -282,13 +300,13 @@ def text(seed: int) -> Arena:
         host=host,
         plain=plain,
         size=size_by_parameters(plain),
-        small=8,
+        small=host_size,
         steps=1600,
-        epochs=16,
-        num_held_out=128,
+        epochs=64,
+        num_held_out=256,
         config=config,
-        grown=Recipe(learning_rate=0.01),
-        static={FINAL: Recipe(learning_rate=0.01)},
+        grown=recipe,
+        static={FINAL: recipe},
         ablations=ablations(config),
         bars=(
             Bar(arm=GROWN, against=SMALL_EQUAL, floor=0.0),

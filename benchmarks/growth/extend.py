@@ -17,6 +17,7 @@ from benchmarks.growth.arena import GROWN
 from benchmarks.growth.arena import Arena
 from benchmarks.growth.arena import Bar
 from benchmarks.growth.arena import Outcome
+from benchmarks.growth.arenas import DIRECT
 from benchmarks.growth.arenas import width
 from benchmarks.growth.hosts import nest
 from benchmarks.growth.hosts import nested_names
@@ -133,7 +134,8 @@ def extend(seed: int) -> Arena:
     """Digits, then digits turned by 90 degrees."""
     base = width(seed)
     fields = {name: getattr(base, name) for name in base.__dataclass_fields__}
-    config = replace(base.config, candidates=(Candidate(blueprint="widen", ranks=(8, 16, 32)),))
+    candidates = (Candidate(blueprint="widen", ranks=(8, 16, 32)),)
+    config = replace(base.config, candidates=candidates, graft=DIRECT)
     return Extend(
         **{
             **fields,
@@ -141,6 +143,7 @@ def extend(seed: int) -> Arena:
             "title": "Can a trained host learn a new domain without losing the old one?",
             "unit": "% accuracy on the new domain",
             "config": config,
+            "grown": Recipe(learning_rate=0.05),
             "static": {
                 FINAL: Recipe(learning_rate=0.05),
                 FULL: Recipe(learning_rate=0.03),

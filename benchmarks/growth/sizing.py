@@ -12,6 +12,7 @@ from benchmarks.growth.arena import GROWN
 from benchmarks.growth.arena import Arena
 from benchmarks.growth.arena import Bar
 from benchmarks.growth.arena import Outcome
+from benchmarks.growth.arenas import DIRECT
 from benchmarks.growth.arenas import ablations
 from benchmarks.growth.arenas import accuracy
 from benchmarks.growth.arenas import size_by_parameters
@@ -92,17 +93,71 @@ def sizing_digits(seed: int) -> Arena:
 
 
 def sizing_table(seed: int) -> Arena:
-    """A hidden layer of unknown width, on a table."""
-    return _hidden_layer(seed, tasks.get("table"), steps=470, static_rate=0.02)
+    """A hidden layer of unknown width, on a table.
+
+    What grows late does not catch up here, so a host of 32 units meets one large seed at once.
+    """
+    task, host_size, rate = tasks.get("table"), 32, Recipe(learning_rate=0.03)
+    base = _hidden_layer(seed, task, steps=470, static_rate=rate.learning_rate)
+
+    def host(seed: int) -> MorphableModel:
+        return esper.wrap(task.host(seed, host_size), target_layers=["net"], seeds_per_layer=1)
+
+    config = replace(
+        base.config,
+        candidates=(Candidate(blueprint="widen", ranks=(128,)),),
+        graft=replace(DIRECT, ramp_steps=30),
+        growth=replace(base.config.growth, max_slot_growth=20.0, max_live=1),
+        telemetry_interval=4,
+    )
+    return replace(
+        base,
+        host=host,
+        small=host_size,
+        epochs=56,
+        config=config,
+        ablations=ablations(config),
+        grown=rate,
+        grown_steps=460,
+    )
 
 
 def sizing_text(seed: int) -> Arena:
     """Feed-forward blocks of unknown width, in a small language model."""
-    base = text(seed)
+    base, host_size, levels = text(seed), 8, 2
+    plain = base.plain
+    assert plain is not None
+
+    def host(seed: int) -> MorphableModel:
+        model = plain(seed, host_size)
+        for block in model.blocks:
+            block.mlp = nest(block.mlp, levels - 1)
+        places = [f"blocks.{i}.mlp" for i in range(len(model.blocks))]
+        names = [name for place in places for name in nested_names(place, levels)]
+        return esper.wrap(model, target_layers=names, seeds_per_layer=1)
+
+    config = replace(
+        base.config,
+        candidates=(Candidate(blueprint="widen", ranks=(128,)),),
+        graft=replace(DIRECT, ramp_steps=70),
+        growth=replace(base.config.growth, first_epoch=3, max_slot_growth=20.0),
+        telemetry_interval=50,
+    )
+    recipe = Recipe(learning_rate=0.01)
+    base = replace(
+        base,
+        host=host,
+        small=host_size,
+        epochs=16,
+        num_held_out=128,
+        config=config,
+        grown=recipe,
+        static={FINAL: recipe},
+    )
     return _sizing(base, "text", (4, 16, 64, 256), steps=600, grown_steps=520)
 
 
-def _hidden_layer(seed: int, task: Task, steps: int, static_rate: float) -> Arena:
+def _hidden_layer(seed: int, task: Task, steps: int, static_rate: float) -> Sizing:
     base, host_size = width(seed), 4
 
     def host(seed: int) -> MorphableModel:
@@ -113,6 +168,7 @@ def _hidden_layer(seed: int, task: Task, steps: int, static_rate: float) -> Aren
     config = replace(
         base.config,
         candidates=(Candidate(blueprint="widen", ranks=(16, 32)),),
+        graft=DIRECT,
         growth=replace(base.config.growth, max_slot_growth=8.0, max_live=LEVELS),
         budget=BudgetConfig(),
     )
@@ -138,7 +194,7 @@ def _hidden_layer(seed: int, task: Task, steps: int, static_rate: float) -> Aren
 
 def _sizing(
     base: Arena, name: str, sizes: tuple[int, ...], *, steps: int, grown_steps: int
-) -> Arena:
+) -> Sizing:
     fields = {field: getattr(base, field) for field in base.__dataclass_fields__}
     return Sizing(
         **{

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,8 +20,11 @@ from benchmarks.growth.arena import SMALL
 from benchmarks.growth.arena import Arena
 from benchmarks.growth.arena import Bar
 from benchmarks.growth.arena import Outcome
+from benchmarks.growth.arenas import DIRECT
+from benchmarks.growth.arenas import ablations
 from benchmarks.growth.arenas import width
 from benchmarks.growth.training import train_step
+from esper.config import Candidate
 from esper.config import EsperConfig
 from esper.tolaria.cost import TrainingCost
 from esper.tolaria.tasks import LabelledBatch
@@ -140,6 +144,8 @@ def stream(seed: int) -> Arena:
     """Digits with label permutations."""
     base = width(seed)
     fields = {name: getattr(base, name) for name in base.__dataclass_fields__}
+    candidate = Candidate(blueprint="widen", ranks=(8, 16, 24, 32))
+    config = replace(base.config, candidates=(candidate,), graft=DIRECT)
     return Stream(
         **{
             **fields,
@@ -147,6 +153,8 @@ def stream(seed: int) -> Arena:
             "title": "Does growth keep a host able to learn when its labels are permuted "
             f"{PERMUTATIONS} times?",
             "unit": "% accuracy before training, last third",
+            "config": config,
+            "ablations": ablations(config),
             "num_seeds": 10,
             "bars": (Bar(arm=GROWN, against=SMALL, floor=0.0),),
         }

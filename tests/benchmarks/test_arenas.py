@@ -53,7 +53,7 @@ def test_a_bar_asks_for_gain_interval_and_compute(bar: dict[str, float], reached
 
 
 def test_grown_and_controls_share_seed_batches_births_and_bill(plane: str) -> None:
-    arena = replace(arenas.width(0), steps=40, epochs=8)
+    arena = replace(arenas.width(0), steps=72, epochs=12)
     grown = arena.grow(0, plane)
     again = arena.grow(0, plane)
     assert grown.births and grown.flops == again.flops
@@ -77,3 +77,19 @@ def test_every_element_of_the_recipe_has_its_ablation() -> None:
     elements = {name.split(":")[0] for name in arena.ablations}
     assert elements == {"how", "when", "where", "isolation", "learning rate", "accept"}
     assert arena.bars[0].arm == GROWN and arena.bars[0].against == FINAL_EQUAL
+
+
+def test_a_birth_scale_and_a_late_trial_are_elements_that_can_be_turned_off() -> None:
+    arena = arenas.width(0)
+    usual = arena.ablations["how: fan-in at the usual scale"]
+    assert [c.ranks for c in usual.candidates] == [c.ranks for c in arena.config.candidates]
+    assert [dict(c.hyperparameters) for c in usual.candidates] == [{}]
+    soon = arena.ablations["accept: a trial after a third of the steps"]
+    assert 3 * soon.graft.ramp_steps == arena.config.graft.ramp_steps
+    assert "how: fan-in at the usual scale" not in arenas.text(0).ablations  # it has the usual one
+
+
+def test_only_the_arms_that_are_asked_for_are_trained(plane: str) -> None:
+    arena = replace(arenas.width(0), steps=24, epochs=4, arms=frozenset({FINAL_EQUAL}))
+    outcomes = list(arena.run(0, plane, arena.task.validation))
+    assert [outcome.arm for outcome in outcomes] == [GROWN, FINAL_EQUAL]
