@@ -127,6 +127,9 @@ class GraftConfig:
         stabilization_steps: Steps at alpha 1 with the seed held still before its trial.
         fine_tuning_steps: Steps that seed and host train together between a passed trial and
             fossilisation. 0 fossilises at once.
+        probation_steps: Steps that a seed trains on with the host where its first trial has not
+            decided: not passed, but the 95 % interval of its gain ends above its price. A second
+            trial then decides. 0 culls at the first trial that is not passed.
         learning_rate_scale: Newborn learning rate over that of the host's parameter group.
         warmup_steps: Steps over which the newborn's learning rate rises linearly.
         max_gradient_norm: Most norm that a newborn's gradient may have at a step; a longer one is
@@ -146,6 +149,7 @@ class GraftConfig:
     drift_tolerance: float = 0.1
     stabilization_steps: int = 10
     fine_tuning_steps: int = 0
+    probation_steps: int = 0
     learning_rate_scale: float = 1.0
     warmup_steps: int = 5
     max_gradient_norm: float | None = None
@@ -153,7 +157,8 @@ class GraftConfig:
     fold_fossils: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("training_steps", "stabilization_steps", "fine_tuning_steps", "warmup_steps"):
+        steps = ("training_steps", "stabilization_steps", "fine_tuning_steps", "probation_steps")
+        for name in (*steps, "warmup_steps"):
             value = getattr(self, name)
             _require(value >= 0, name, value, "it must be at least 0 steps")
         _require(self.ramp_steps >= 1, "ramp_steps", self.ramp_steps, "it must be at least 1 step")

@@ -54,6 +54,7 @@ def ablations(config: EsperConfig) -> dict[str, EsperConfig]:
     steps = max(1, graft.ramp_steps // 2)
     isolated = replace(graft, training_steps=steps, ramp="cosine", ramp_steps=steps)
     soon = replace(graft, ramp_steps=max(1, graft.ramp_steps // 3))
+    once = {"accept: no probation": replace(config, graft=replace(graft, probation_steps=0))}
     usual = tuple(
         replace(c, hyperparameters={k: v for k, v in c.hyperparameters.items() if k != "gain"})
         for c in config.candidates
@@ -74,6 +75,7 @@ def ablations(config: EsperConfig) -> dict[str, EsperConfig]:
             config, graft=replace(graft, warmup_steps=0)
         ),
         "accept: a trial after a third of the steps": replace(config, graft=soon),
+        **(once if graft.probation_steps else {}),
         "accept: always": replace(config, accept="always"),
     }
 
@@ -114,7 +116,7 @@ def width(seed: int) -> Arena:
         candidates=(
             Candidate(blueprint="widen", ranks=(8, 16, 24, 32), hyperparameters={"gain": 4.0}),
         ),
-        graft=replace(DIRECT, ramp_steps=30),
+        graft=replace(DIRECT, ramp_steps=30, probation_steps=30),
         growth=replace(EARLY, max_slot_growth=4.0),
         budget=BudgetConfig(max_parameters=4850),
         telemetry_interval=24,
@@ -262,13 +264,9 @@ def conv(seed: int) -> Arena:
 
 
 def text(seed: int) -> Arena:
-    """Characters of the standard library, a transformer whose feed-forward blocks grow from 32.
-
-    Every place is filled at about a third of the run, a seed an epoch: what is cheap is the time
-    before. Trials come 300 steps later; after 70 a seed that pays may still look useless.
-    """
+    """Characters of the standard library, a transformer whose feed-forward blocks grow from 8."""
     task = tasks.get("text")
-    levels, layers, features, host_size = 2, 2, 32, 32
+    levels, layers, features = 2, 2, 32
 
     def plain(seed: int, size: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -276,20 +274,19 @@ def text(seed: int) -> Arena:
             return CharTransformer(size, width=features, layers=layers)
 
     def host(seed: int) -> MorphableModel:
-        model = plain(seed, host_size)
+        model = plain(seed, 8)
         for block in model.blocks:
             block.mlp = nest(block.mlp, levels - 1)
         names = [n for i in range(layers) for n in nested_names(f"blocks.{i}.mlp", levels)]
         return esper.wrap(model, target_layers=names, seeds_per_layer=1)
 
     config = EsperConfig(
-        candidates=(Candidate(blueprint="widen", ranks=(256,)),),
-        graft=replace(DIRECT, ramp_steps=300),
-        growth=replace(EARLY, first_epoch=19, max_slot_growth=10.0, max_live=4),
-        telemetry_interval=12,
+        candidates=(Candidate(blueprint="widen", ranks=(128,)),),
+        graft=replace(DIRECT, ramp_steps=70),
+        growth=replace(EARLY, first_epoch=3, max_slot_growth=20.0, max_live=4),
+        telemetry_interval=50,
         evaluation_interval=100,
     )
-    recipe = Recipe(learning_rate=0.01, hold=0.65)
     return Arena(
         name="text",
         title="Does a small language model pay for growing?",
@@ -300,13 +297,13 @@ def text(seed: int) -> Arena:
         host=host,
         plain=plain,
         size=size_by_parameters(plain),
-        small=host_size,
+        small=8,
         steps=1600,
-        epochs=64,
-        num_held_out=256,
+        epochs=16,
+        num_held_out=128,
         config=config,
-        grown=recipe,
-        static={FINAL: recipe},
+        grown=Recipe(learning_rate=0.01),
+        static={FINAL: Recipe(learning_rate=0.01)},
         ablations=ablations(config),
         bars=(
             Bar(arm=GROWN, against=SMALL_EQUAL, floor=0.0),

@@ -124,36 +124,7 @@ def sizing_table(seed: int) -> Arena:
 
 def sizing_text(seed: int) -> Arena:
     """Feed-forward blocks of unknown width, in a small language model."""
-    base, host_size, levels = text(seed), 8, 2
-    plain = base.plain
-    assert plain is not None
-
-    def host(seed: int) -> MorphableModel:
-        model = plain(seed, host_size)
-        for block in model.blocks:
-            block.mlp = nest(block.mlp, levels - 1)
-        places = [f"blocks.{i}.mlp" for i in range(len(model.blocks))]
-        names = [name for place in places for name in nested_names(place, levels)]
-        return esper.wrap(model, target_layers=names, seeds_per_layer=1)
-
-    config = replace(
-        base.config,
-        candidates=(Candidate(blueprint="widen", ranks=(128,)),),
-        graft=replace(DIRECT, ramp_steps=70),
-        growth=replace(base.config.growth, first_epoch=3, max_slot_growth=20.0),
-        telemetry_interval=50,
-    )
-    recipe = Recipe(learning_rate=0.01)
-    base = replace(
-        base,
-        host=host,
-        small=host_size,
-        epochs=16,
-        num_held_out=128,
-        config=config,
-        grown=recipe,
-        static={FINAL: recipe},
-    )
+    base = text(seed)
     return _sizing(base, "text", (4, 16, 64, 256), steps=600, grown_steps=520)
 
 

@@ -11,7 +11,7 @@ from esper.tolaria.history import History
 from esper.tolaria.history import LifecycleEvent
 from esper.tolaria.history import RollbackRecord
 from esper.tolaria.link import PlaneLink
-from esper.tolaria.protocol import LiveGraft
+from esper.tolaria.live_grafts import LiveGraft
 from esper.tolaria.replay import SilentLink
 from esper.urza.v1 import library_pb2
 

@@ -161,15 +161,17 @@ class Trial:
 
 
 def trial_level(significance: float, trial_number: int) -> float:
-    """Returns the level of the k-th trial of a run, so that all levels add up to ``significance``.
+    """Returns the level of a trial, so that all levels of a run add up to ``significance``.
 
     One held-out set serves all trials of a run. The levels fall as 1/k^2 (a Bonferroni
     correction over an endless sequence: the sum of 6 / (pi k)^2 is 1), so the chance of keeping
-    even one useless seed stays below ``significance``, however many trials there are.
+    even one useless seed stays below ``significance``, however many trials there are. A trial that
+    is passed hands its level on to the next one (the fallback procedure of Wiens, Pharmaceutical
+    Statistics 2, 2003, which keeps that chance), so only those that are not passed are counted.
 
     Args:
         significance: Level over the whole run, above 0 and below 1.
-        trial_number: k, from 1.
+        trial_number: k: one more than the trials of the run that were not passed.
     """
     return significance * 6.0 / (math.pi * trial_number) ** 2
 

@@ -26,8 +26,8 @@ from esper.config import GovernorConfig
 from esper.kasmina import SeedLifecycleState
 from esper.kasmina import Transition
 from esper.tolaria.history import RollbackRecord
+from esper.tolaria.live_grafts import SeedKey
 from esper.tolaria.protocol import BLENDED
-from esper.tolaria.protocol import SeedKey
 from esper.tolaria.ranks import ALONE
 from esper.tolaria.ranks import Ranks
 from esper.tolaria.snapshots import Snapshot

@@ -8,7 +8,6 @@ a plane that dies in the middle of a graft changes no live seed.
 import logging
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 from torch import nn
@@ -24,9 +23,11 @@ from esper.kasmina import SeedLifecycleState
 from esper.kasmina import Transition
 from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria.evaluation import Trial
+from esper.tolaria.live_grafts import LiveGraft
+from esper.tolaria.live_grafts import LiveGraftState
+from esper.tolaria.live_grafts import SeedKey
 from esper.tolaria.optimizer_state import OptimizerState
 from esper.tolaria.optimizers import NewbornOptimizer
-from esper.tolaria.optimizers import NewbornState
 from esper.tolaria.optimizers import find_home
 from esper.tolaria.optimizers import forget
 from esper.tolaria.plans import check_plan
@@ -38,64 +39,10 @@ from esper.tolaria.ranks import Ranks
 _log = logging.getLogger("esper")
 
 State = SeedLifecycleState
-SeedKey = tuple[str, int]
 
 _ENDED = (State.FOSSILIZED, State.CULLED, State.CANCELLED, State.ROLLED_BACK)
 BLENDED = (State.GRAFTING, State.STABILIZATION, State.EVALUATING, State.FINE_TUNING)
 """States in which a seed acts on the host and has no verdict yet."""
-
-
-@dataclass(slots=True)
-class LiveGraft:
-    """A seed between germination and verdict.
-
-    Attributes:
-        slot: Name of the slot.
-        seed: Index of the seed in the slot.
-        kernel_name: Resource name, ``kernels/{digest}``.
-        kernel: The kernel at work.
-        plan: How it is brought in, complete.
-        optimizer: Trains the seed's parameters; ``None`` for a kernel without parameters.
-        stage_steps: Optimizer steps since the last lifecycle move.
-        trial: Outcome of the held-out trial, once there was one.
-    """
-
-    slot: str
-    seed: int
-    kernel_name: str
-    kernel: kernel_pb2.Kernel
-    plan: controller_pb2.GraftPlan
-    optimizer: NewbornOptimizer | None
-    stage_steps: int = 0
-    trial: Trial | None = None
-
-    @property
-    def key(self) -> SeedKey:
-        """Slot and seed."""
-        return self.slot, self.seed
-
-
-@dataclass(frozen=True, slots=True)
-class LiveGraftState:
-    """A live graft as data, its kernel and weights apart: the model holds them.
-
-    Attributes:
-        slot: Name of the slot.
-        seed: Index of the seed in the slot.
-        kernel_name: Resource name of the kernel.
-        plan: The plan, serialized.
-        stage_steps: Optimizer steps since the last lifecycle move.
-        trial: Outcome of the held-out trial, once there was one.
-        optimizer: Its optimizer; None for a kernel without parameters.
-    """
-
-    slot: str
-    seed: int
-    kernel_name: str
-    plan: bytes
-    stage_steps: int
-    trial: Trial | None
-    optimizer: NewbornState | None
 
 
 class GraftProtocol:
@@ -419,6 +366,7 @@ class GraftProtocol:
         elif (
             model.seed_state(slot, seed) is State.FINE_TUNING
             and graft.stage_steps >= self._config.fine_tuning_steps
+            and (graft.passed or self._config.probation_steps == 0)
         ):
             self._fossilize(graft, "fine-tuning done")
         if (
@@ -429,25 +377,42 @@ class GraftProtocol:
                 slot, seed, State.EVALUATING, reason=f"settled for {plan.stabilization_steps} steps"
             )
 
-    def due_for_trial(self) -> list[LiveGraft]:
-        """Returns the grafts that wait for their held-out trial, oldest first."""
-        return [
-            graft
-            for graft in self.live.values()
-            if self._model.seed_state(*graft.key) is State.EVALUATING
-        ]
+    def due_for_trial(self, *, last: bool = False) -> list[LiveGraft]:
+        """Returns the grafts that wait for their held-out trial, oldest first.
+
+        Args:
+            last: Whether no other trial can follow: who is on probation then has served it.
+        """
+        wait = self._config.probation_steps
+
+        def is_due(graft: LiveGraft) -> bool:
+            state = self._model.seed_state(*graft.key)
+            on_probation = wait > 0 and state is State.FINE_TUNING and not graft.passed
+            return state is State.EVALUATING or (
+                on_probation and (last or graft.stage_steps >= wait)
+            )
+
+        return [graft for graft in self.live.values() if is_due(graft)]
 
     def conclude(self, graft: LiveGraft, trial: Trial) -> None:
         """Carries out the verdict of a trial."""
         graft.trial = trial
         if trial.accepted:
             self.keep(graft, trial.describe())
+        elif self._may_serve_probation(graft, trial):
+            reason = f"on probation: {trial.describe()}"
+            self._model.advance(*graft.key, State.FINE_TUNING, reason=reason)
         else:
             self._model.cull(*graft.key, reason=trial.describe())
 
+    def _may_serve_probation(self, graft: LiveGraft, trial: Trial) -> bool:
+        is_first = self._model.seed_state(*graft.key) is State.EVALUATING
+        return is_first and self._config.probation_steps > 0 and trial.high > trial.price
+
     def keep(self, graft: LiveGraft, reason: str) -> None:
         """Moves a graft that is due for its trial on, as after a passed one."""
-        if self._config.fine_tuning_steps > 0:
+        is_tuned = self._model.seed_state(*graft.key) is State.FINE_TUNING  # by its probation
+        if self._config.fine_tuning_steps > 0 and not is_tuned:
             self._model.advance(*graft.key, State.FINE_TUNING, reason=reason)
         else:
             self._fossilize(graft, reason)
@@ -484,7 +449,7 @@ class GraftProtocol:
         for graft in list(self.live.values()):
             state = self._model.seed_state(*graft.key)
             reason = "the run ended before the trial"
-            if state is State.FINE_TUNING:
+            if state is State.FINE_TUNING and (graft.passed or self._config.probation_steps == 0):
                 self._fossilize(graft, "the run ended after a passed trial")
             elif state in BLENDED:
                 self._model.cull(*graft.key, reason=reason)

@@ -261,14 +261,14 @@ class Session:
         last = self._clock.epoch == self._epochs - 1
         measures = last or self._clock.epoch % self._config.evaluation_interval == 0
         losses: Tensor | None = None
-        if self._trials.are_due() or (measures and not (last and self._protocol.live)):
+        if self._trials.are_due(last=last) or (measures and not (last and self._protocol.live)):
             losses = self._measure()
             before = self.history.held_out_losses()
             while self._governor.check_held_out(
                 before, float(losses.mean()), self._clock.num_steps
             ):
                 losses = self._measure()
-        losses = self._trials.hold(self._clock.epoch, self.history.trials, losses)
+        losses = self._trials.hold(self._clock.epoch, self.history.trials, losses, last=last)
         if last and self._protocol.live:
             self._protocol.finish()
             losses = None  # of another model

@@ -30,10 +30,10 @@ from esper.tolaria.history import RollbackRecord
 from esper.tolaria.history import TrialRecord
 from esper.tolaria.link import Advice
 from esper.tolaria.link import LinkState
+from esper.tolaria.live_grafts import LiveGraftState
 from esper.tolaria.optimizer_state import OptimizerState
 from esper.tolaria.packing import Opaque
 from esper.tolaria.protocol import GraftProtocol
-from esper.tolaria.protocol import LiveGraftState
 from esper.tolaria.randomness import RandomState
 from esper.tolaria.surprise import SurpriseState
 from esper.tolaria.watch import Watch

@@ -16,8 +16,8 @@ from esper.tolaria.evaluation import paired_trial
 from esper.tolaria.evaluation import sample_losses
 from esper.tolaria.evaluation import trial_level
 from esper.tolaria.history import TrialRecord
+from esper.tolaria.live_grafts import LiveGraft
 from esper.tolaria.protocol import GraftProtocol
-from esper.tolaria.protocol import LiveGraft
 from esper.tolaria.ranks import Ranks
 
 
@@ -52,24 +52,31 @@ class Trials:
         self._config = config
         self._ranks = ranks
 
-    def are_due(self) -> bool:
-        """Returns whether a graft waits for a trial that needs the held-out losses."""
-        return self._config.accept != "always" and bool(self._protocol.due_for_trial())
+    def are_due(self, *, last: bool) -> bool:
+        """Returns whether a graft waits for a trial that needs the held-out losses.
 
-    def hold(self, epoch: int, records: list[TrialRecord], losses: Tensor | None) -> Tensor | None:
+        Args:
+            last: Whether the run's last epoch ends.
+        """
+        return self._config.accept != "always" and bool(self._protocol.due_for_trial(last=last))
+
+    def hold(
+        self, epoch: int, records: list[TrialRecord], losses: Tensor | None, *, last: bool
+    ) -> Tensor | None:
         """Brings every graft that is due to its verdict.
 
         Args:
             epoch: The epoch that ends.
-            records: All trials of the run so far, each of which has spent its share of the level;
-                those held now are added.
+            records: All trials of the run so far; those held now are added. Each that was not
+                passed has spent its share of the level.
             losses: Held-out losses of the model as it is, [samples]; ``None`` where they were not
                 measured, as then none are due.
+            last: Whether the run's last epoch ends.
 
         Returns:
             Held-out losses of the model as it is left.
         """
-        due = self._protocol.due_for_trial()
+        due = self._protocol.due_for_trial(last=last)
         if self._config.accept == "always":
             for graft in due:
                 self._protocol.keep(graft, "kept without a trial")
@@ -83,10 +90,11 @@ class Trials:
                 without_seed = self._losses()
             self._cost.add_trial(len(without_seed))
             flops = flops_per_sample(self._model, graft.slot, graft.kernel)
+            num_failed = sum(not record.accepted for record in records)
             measured = paired_trial(
                 with_seed,
                 without_seed,
-                level=trial_level(self._significance(graft), len(records) + 1),
+                level=trial_level(self._significance(graft), 1 + num_failed),
                 price=self._config.budget.min_gain_per_mflop * flops / 1e6,
             )
             trial = self._ranks.broadcast(measured)
@@ -107,7 +115,7 @@ class Trials:
                 )
             )
             self._protocol.conclude(graft, trial)
-            if not trial.accepted:
+            if graft.key not in self._protocol.live and not trial.accepted:
                 with_seed = without_seed
         return with_seed
 

@@ -126,6 +126,22 @@ def test_levels_add_up_to_the_significance() -> None:
     assert levels == sorted(levels, reverse=True)
 
 
+def test_few_runs_keep_a_useless_seed_though_passed_trials_hand_their_level_on() -> None:
+    generator = torch.Generator().manual_seed(5)
+    level, misled, runs = 0.2, 0, 300
+    for _ in range(runs):
+        failed, has_useless = 0, False
+        for k in range(6):
+            without = torch.rand(40, generator=generator)
+            gain = 0.0 if k % 2 else 0.2
+            saved = gain + 0.1 * torch.randn(40, generator=generator)
+            trial = paired_trial(without - saved, without, level=trial_level(level, 1 + failed))
+            failed += not trial.accepted
+            has_useless |= trial.accepted and gain == 0.0
+        misled += has_useless
+    assert 0 < misled < level * runs
+
+
 def test_shapes_that_do_not_pair_are_refused() -> None:
     with pytest.raises(ValueError, match=r"both must be \[samples\]"):
         paired_trial(torch.rand(3), torch.rand(4), level=0.05)

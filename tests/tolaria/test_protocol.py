@@ -15,6 +15,8 @@ from esper.common.v1 import lifecycle_pb2
 from esper.common.v1.blueprint_pb2 import SEED_SOURCE_OUTPUT
 from esper.config import GraftConfig
 from esper.tamiyo.v1 import controller_pb2
+from esper.tolaria.evaluation import Trial
+from esper.tolaria.evaluation import paired_trial
 from esper.tolaria.protocol import GraftProtocol
 
 
@@ -162,3 +164,64 @@ def test_fossils_are_folded_where_that_is_asked_for_and_possible(blueprint: str)
     optimizer.step()
     protocol.on_step()
     assert not torch.equal(model(x), expected)
+
+
+def _trial(gain: float) -> Trial:
+    """A trial of 8 samples whose gain has a standard error of 1; level 0.05."""
+    noise = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64) * (7.0**0.5)
+    return paired_trial(torch.zeros(8, dtype=torch.float64), noise + gain, level=0.05)
+
+
+def _at_trial(config: GraftConfig) -> tuple[esper.MorphableModel, GraftProtocol]:
+    model = _host()
+    protocol = GraftProtocol(model, _sgd(model), config)
+    _germinate(model, protocol, _plan(training_steps=0, stabilization_steps=0))
+    while not protocol.due_for_trial():
+        protocol.on_step()
+    return model, protocol
+
+
+@pytest.mark.parametrize(("gain", "state"), [(5.0, "FOSSILIZED"), (1.0, "CULLED")])
+def test_a_seed_whose_trial_is_undecided_trains_on_until_a_second_decides(
+    gain: float, state: str
+) -> None:
+    model, protocol = _at_trial(GraftConfig(probation_steps=3))
+    [graft] = protocol.due_for_trial()
+    protocol.conclude(graft, _trial(1.0))
+    assert model.seed_state("0", 0).name == "FINE_TUNING"
+    assert protocol.due_for_trial() == [] and protocol.due_for_trial(last=True) == [graft]
+    for _ in range(2):
+        protocol.on_step()
+        assert protocol.due_for_trial() == []
+    protocol.on_step()
+    assert protocol.due_for_trial() == [graft]
+    protocol.conclude(graft, _trial(gain))
+    assert model.seed_state("0", 0).name == state and protocol.live == {}
+
+
+@pytest.mark.parametrize(("gain", "probation_steps"), [(-5.0, 3), (1.0, 0)])
+def test_a_seed_is_culled_where_the_trial_decides_or_there_is_no_probation(
+    gain: float, probation_steps: int
+) -> None:
+    model, protocol = _at_trial(GraftConfig(probation_steps=probation_steps))
+    protocol.conclude(protocol.due_for_trial()[0], _trial(gain))
+    assert model.seed_state("0", 0).name == "CULLED" and protocol.live == {}
+
+
+def test_who_is_on_probation_when_the_run_ends_has_not_passed() -> None:
+    model, protocol = _at_trial(GraftConfig(probation_steps=3))
+    protocol.conclude(protocol.due_for_trial()[0], _trial(1.0))
+    for _ in range(4):
+        protocol.on_step()
+    protocol.finish()
+    assert model.seed_state("0", 0).name == "CULLED"
+
+
+def test_probation_leaves_out_no_fine_tuning_of_a_seed_that_passes_at_once() -> None:
+    model, protocol = _at_trial(GraftConfig(probation_steps=3, fine_tuning_steps=2))
+    protocol.conclude(protocol.due_for_trial()[0], _trial(5.0))
+    assert model.seed_state("0", 0).name == "FINE_TUNING"
+    assert protocol.due_for_trial(last=True) == []
+    protocol.on_step()
+    protocol.on_step()
+    assert model.seed_state("0", 0).name == "FOSSILIZED"

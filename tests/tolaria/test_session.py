@@ -31,6 +31,7 @@ from esper.tamiyo.v1 import controller_pb2
 from esper.tolaria import History
 from esper.tolaria import Session
 from esper.tolaria import tasks
+from esper.tolaria.evaluation import trial_level
 from esper.tolaria.link import Advice
 from esper.tolaria.trainer import train_epoch
 
@@ -440,6 +441,15 @@ def test_without_an_accept_test_every_seed_stays_and_no_trial_is_paid(plane: str
     assert verdicts
     assert {(e.after, e.reason) for e in verdicts} == {("FOSSILIZED", "kept without a trial")}
     assert session.cost.by_category["trial"] == 0
+
+
+def test_only_trials_that_are_not_passed_spend_significance(plane: str) -> None:
+    _, _, session = _grow(plane)
+    failed = 0
+    for trial in session.history.trials:
+        assert trial.level == trial_level(QUICK.significance, 1 + failed)
+        failed += not trial.accepted
+    assert len(session.history.trials) > 1 and session.history.trials[0].accepted
 
 
 def test_held_out_loss_is_measured_as_often_as_configured(plane: str) -> None:
