@@ -50,7 +50,8 @@ def wrap(
             MultiheadAttention, LayerNorm, BatchNorm1d, BatchNorm2d and Embedding that is called as
             a module.
         seeds_per_layer: Seeds of each slot, at most 65536; each owns a part of the slot's features.
-            A slot found by ``"auto"`` with fewer features gets as many seeds as features.
+            A slot with fewer features that was not named, but found by ``"auto"`` or the default,
+            gets as many seeds as features.
         cache_size_mb: Most kernels to keep for reuse, in units of 2**20 bytes.
         telemetry_enabled: Whether to sample telemetry in training.
         preserve_original: Whether to keep a copy of the model for ``compare_with_original``.
@@ -62,8 +63,8 @@ def wrap(
         The wrapped model.
 
     Raises:
-        ValueError: If a target matches nothing, a slot has fewer features than seeds, an argument
-            is out of bounds, or the model is wrapped already; nothing has changed.
+        ValueError: If a target matches nothing, a named slot has fewer features than seeds, an
+            argument is out of bounds, or the model is wrapped already; nothing has changed.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, but it must be a torch.nn.Module")
@@ -71,12 +72,10 @@ def wrap(
     check_whole("cache_size_mb", cache_size_mb, 0)
     check_plain(model)
     inputs = None if example_inputs is None else _as_call(example_inputs)
-    if target_layers == AUTO:
-        sites = _found(model, inputs)
+    sites = _found(model, inputs) if target_layers == AUTO else find_sites(model, target_layers)
+    num_seeds = [seeds_per_layer] * len(sites)
+    if target_layers is None or target_layers == AUTO:  # nobody chose a layer that is too narrow
         num_seeds = [min(seeds_per_layer, site.width or seeds_per_layer) for site in sites]
-    else:
-        sites = find_sites(model, target_layers)
-        num_seeds = [seeds_per_layer] * len(sites)
     original = Original(model) if preserve_original else None
     wrapped = MorphableModel(
         model, sites, num_seeds, telemetry_enabled, original, cache_size_mb * 2**20
@@ -91,12 +90,17 @@ def wrap(
 
 
 def check_plain(model: nn.Module) -> None:
-    """Refuses a model that has slots already.
+    """Refuses a model that has slots already or can have none.
 
     Raises:
-        ValueError: If it, or a module of it, is wrapped.
+        ValueError: If it, or a module of it, is wrapped or scripted.
     """
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"model has a {type(module).__name__}, but what is scripted or traced cannot grow: "
+                "wrap the module that it was made from"
+            )
         if isinstance(module, MorphableModel) or is_wrapped(module):
             raise ValueError(
                 f"model ({type(model).__name__}) is wrapped already; esper.unwrap gives it back"

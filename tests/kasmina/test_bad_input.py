@@ -322,8 +322,9 @@ UNWRAPPED = [
         "seeds_per_layer",
         WHOLE,
     ),
-    (lambda m: wrap(m, seeds_per_layer=5), "seeds_per_layer", "5", "'keys' has 4 features"),
-    (lambda m: wrap(m, seeds_per_layer=65536), "seeds_per_layer", "65536", "'body.0' has 8"),
+    (lambda m: wrap(m, "keys", seeds_per_layer=5), "seeds_per_layer", "5", "has 4 features"),
+    (lambda m: wrap(m, "body.0", seeds_per_layer=65536), "seeds_per_layer", "65536", "has 8"),
+    (lambda m: wrap(torch.jit.script(m.body)), "model", "RecursiveScriptModule", "scripted"),
     *whole(
         lambda m, v: wrap(m, cache_size_mb=v),
         [-1, 0.5, NAN, INF, "1", None],

@@ -214,7 +214,10 @@ def test_host_cost_is_what_the_flop_counter_counts(module, x):
             {"seeds_per_layer": 0},
             "seeds_per_layer is 0, but it must be a whole number from 1 to 65536",
         ),
-        ({"seeds_per_layer": 9}, "seeds_per_layer is 9, but slot '0' has 8 features"),
+        (
+            {"target_layers": ["0"], "seeds_per_layer": 9},
+            "seeds_per_layer is 9, but slot '0' has 8 features",
+        ),
         ({"cache_size_mb": -1}, "cache_size_mb is -1"),
         ({"target_layers": "nope"}, "target_layers has 'nope'"),
     ],
@@ -224,6 +227,15 @@ def test_wrap_refuses_bad_arguments_and_leaves_the_model_alone(arguments, messag
     with pytest.raises(ValueError, match=message):
         wrap(host, **arguments)
     assert wrap(host).get_layer_names() == ["0"]
+
+
+@pytest.mark.parametrize("targets", [None, "auto"])
+def test_a_narrow_layer_that_nobody_named_gets_as_many_seeds_as_features(targets):
+    model = wrap(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), targets)
+    last = model.slots[model.get_layer_names()[-1]]
+    assert (last.width, last.num_seeds) == (2, 2)
+    model.germinate(last.name, 1, "lora", rank=1)
+    assert model(torch.ones(3, 4)).shape == (3, 2)
 
 
 def test_wrap_refuses_what_is_no_module():
