@@ -5,7 +5,8 @@ Started as a process of its own by the benchmarks, on the address that it is giv
     python echo.py unix:/tmp/echo.sock
 
 ``/bare/Unary`` answers with the bytes it got, ``/bare/Upload`` takes a stream and answers with its
-length, ``/bare/Download`` streams as many bytes as its request says, in chunks of 1 MiB. Nothing is
+length, ``/bare/UploadMessages`` does so with messages that generated code parses, and
+``/bare/Download`` streams as many bytes as its request says, in chunks of 1 MiB. Nothing is
 stored, hashed or checked.
 """
 
@@ -14,6 +15,8 @@ import sys
 from collections.abc import AsyncIterator
 
 import grpc
+
+from esper.urza.v1 import blob_pb2
 
 CHUNK = bytes(1 << 20)
 MAX_MESSAGE_BYTES = 4 << 20
@@ -34,6 +37,15 @@ async def _upload(requests: AsyncIterator[bytes], context: object) -> bytes:
     return str(size_bytes).encode()
 
 
+async def _upload_messages(
+    requests: AsyncIterator[blob_pb2.WriteBlobRequest], context: object
+) -> bytes:
+    size_bytes = 0
+    async for request in requests:
+        size_bytes += len(request.data)
+    return str(size_bytes).encode()
+
+
 async def _download(request: bytes, context: object) -> AsyncIterator[bytes]:
     left = int(request)
     while left:
@@ -47,6 +59,9 @@ async def serve(address: str) -> None:
     handlers = {
         "Unary": grpc.unary_unary_rpc_method_handler(_unary, _same, _same),
         "Upload": grpc.stream_unary_rpc_method_handler(_upload, _same, _same),
+        "UploadMessages": grpc.stream_unary_rpc_method_handler(
+            _upload_messages, blob_pb2.WriteBlobRequest.FromString, _same
+        ),
         "Download": grpc.unary_stream_rpc_method_handler(_download, _same, _same),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", handlers),))

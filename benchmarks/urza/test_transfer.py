@@ -21,6 +21,7 @@ from benchmarks.urza.load import together
 from esper import blueprints
 from esper.urza.aio import AsyncUrzaClient
 from esper.urza.transfer import digest_of
+from esper.urza.v1 import blob_pb2
 from esper.urza.v1 import library_pb2
 from esper.urza.v1 import library_pb2_grpc
 
@@ -96,11 +97,19 @@ def test_write_a_blob_of_known_digest(beside: Beside, pair: Pair) -> None:
     fresh = contents(size_bytes)
     sent = pieces(next(fresh))
     bare = pair.bare.stream_unary("/bare/Upload", same, same)
+    # The contract's own messages, as generated code would send and take them.
+    request = blob_pb2.WriteBlobRequest
+    messages = pair.bare.stream_unary("/bare/UploadMessages", request.SerializeToString, same)
     known = iter([(data, digest_of(data)) for data, _ in zip(fresh, range(8), strict=False)])
     beside(
         "write 64 MiB, durable, digest known",
         lambda: one_by_one(lambda: pair.plane.urza.write_blob(*next(known)), 1, size_bytes),
-        {"bare stream": lambda: one_by_one(lambda: bare(iter(sent)), 1, size_bytes)},
+        {
+            "bare stream": lambda: one_by_one(lambda: bare(iter(sent)), 1, size_bytes),
+            "bare stream of messages": lambda: one_by_one(
+                lambda: messages(request(data=piece) for piece in sent), 1, size_bytes
+            ),
+        },
     )
 
 
