@@ -263,9 +263,14 @@ def conv(seed: int) -> Arena:
     )
 
 
-def text(seed: int) -> Arena:
-    """Characters of the standard library, a transformer whose feed-forward blocks grow from 8."""
-    task = tasks.get("text")
+def transformers(
+    host_size: int,
+) -> tuple[Callable[[int, int], nn.Module], Callable[[int], MorphableModel]]:
+    """Makes language models of any size, and ones whose feed-forward blocks grow.
+
+    Args:
+        host_size: Hidden units of a feed-forward block before it grows.
+    """
     levels, layers, features = 2, 2, 32
 
     def plain(seed: int, size: int) -> nn.Module:
@@ -274,19 +279,32 @@ def text(seed: int) -> Arena:
             return CharTransformer(size, width=features, layers=layers)
 
     def host(seed: int) -> MorphableModel:
-        model = plain(seed, 8)
+        model = plain(seed, host_size)
         for block in model.blocks:
             block.mlp = nest(block.mlp, levels - 1)
         names = [n for i in range(layers) for n in nested_names(f"blocks.{i}.mlp", levels)]
         return esper.wrap(model, target_layers=names, seeds_per_layer=1)
 
+    return plain, host
+
+
+def text(seed: int) -> Arena:
+    """Characters of the standard library, a transformer whose feed-forward blocks grow from 32.
+
+    Every place is filled at about a third of the run, a seed an epoch: what is cheap is the time
+    before. Trials come 300 steps later; after 70 a seed that pays may still look useless.
+    """
+    task = tasks.get("text")
+    host_size = 32
+    plain, host = transformers(host_size)
     config = EsperConfig(
-        candidates=(Candidate(blueprint="widen", ranks=(128,)),),
-        graft=replace(DIRECT, ramp_steps=70),
-        growth=replace(EARLY, first_epoch=3, max_slot_growth=20.0, max_live=4),
-        telemetry_interval=50,
+        candidates=(Candidate(blueprint="widen", ranks=(256,)),),
+        graft=replace(DIRECT, ramp_steps=300),
+        growth=replace(EARLY, first_epoch=19, max_slot_growth=10.0, max_live=4),
+        telemetry_interval=12,
         evaluation_interval=100,
     )
+    recipe = Recipe(learning_rate=0.01, hold=0.65)
     return Arena(
         name="text",
         title="Does a small language model pay for growing?",
@@ -297,13 +315,13 @@ def text(seed: int) -> Arena:
         host=host,
         plain=plain,
         size=size_by_parameters(plain),
-        small=8,
+        small=host_size,
         steps=1600,
-        epochs=16,
-        num_held_out=128,
+        epochs=64,
+        num_held_out=256,
         config=config,
-        grown=Recipe(learning_rate=0.01),
-        static={FINAL: Recipe(learning_rate=0.01)},
+        grown=recipe,
+        static={FINAL: recipe},
         ablations=ablations(config),
         bars=(
             Bar(arm=GROWN, against=SMALL_EQUAL, floor=0.0),

@@ -13,10 +13,12 @@ from benchmarks.growth.arena import Arena
 from benchmarks.growth.arena import Bar
 from benchmarks.growth.arena import Outcome
 from benchmarks.growth.arenas import DIRECT
+from benchmarks.growth.arenas import EARLY
 from benchmarks.growth.arenas import ablations
 from benchmarks.growth.arenas import accuracy
 from benchmarks.growth.arenas import size_by_parameters
 from benchmarks.growth.arenas import text
+from benchmarks.growth.arenas import transformers
 from benchmarks.growth.arenas import width
 from benchmarks.growth.hosts import nest
 from benchmarks.growth.hosts import nested_names
@@ -124,7 +126,27 @@ def sizing_table(seed: int) -> Arena:
 
 def sizing_text(seed: int) -> Arena:
     """Feed-forward blocks of unknown width, in a small language model."""
-    base = text(seed)
+    plain, host = transformers(8)
+    config = EsperConfig(
+        candidates=(Candidate(blueprint="widen", ranks=(128,)),),
+        graft=replace(DIRECT, ramp_steps=70),
+        growth=replace(EARLY, first_epoch=3, max_slot_growth=20.0, max_live=4),
+        telemetry_interval=50,
+        evaluation_interval=100,
+    )
+    rate = Recipe(learning_rate=0.01)
+    base = replace(
+        text(seed),
+        host=host,
+        plain=plain,
+        small=8,
+        epochs=16,
+        num_held_out=128,
+        config=config,
+        grown=rate,
+        static={FINAL: rate},
+        ablations=ablations(config),
+    )
     return _sizing(base, "text", (4, 16, 64, 256), steps=600, grown_steps=520)
 
 
